@@ -1,0 +1,34 @@
+# Every target does its own set-up: a clone and `make demo` is all that a new user needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DISTS := core $(wildcard plugins/*)
+ARGS ?=
+
+.PHONY: demo test lint bench docs clean setup
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(DISTS)) tools/setup
+	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh tools/setup $(DISTS)
+	@touch $@
+
+demo: setup  ## a running machine migrates between two processes, with its progress (ARGS="--uri unix:/tmp/m.sock")
+	@$(BIN)/python -m whimbrel_testing.demo $(ARGS)
+
+test: setup  ## the tests (ARGS="-k tcp" chooses); a missing peer is a skip, with its reason
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	@set -e; for d in $(DISTS); do $(BIN)/mypy --no-error-summary $$d/src; done; echo "mypy: no errors"
+
+bench: setup  ## our speed beside QEMU's and beside a raw socket copy
+	$(BIN)/python benchmarks/ram.py $(ARGS)
+
+docs: setup  ## the examples in the docs are run as tests
+	$(BIN)/python -m pytest tests/docs $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

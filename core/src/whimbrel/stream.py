@@ -1,0 +1,260 @@
+"""The migration stream over a channel: position, rate limit, and the first error, which stays.
+
+OutStream collects small writes and passes large ones through. InStream reads ahead and shows what it holds, so that a
+section can take runs of records from the buffer at once. Neither knows what the bytes mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import time
+from collections.abc import Iterator
+
+from whimbrel.channel import Buffer, Channel
+from whimbrel.errors import ChannelError, EndOfStream, MigrationError
+
+#: Writes at least this long go to the channel as they are, behind what was collected before.
+PASS_THROUGH = 16 << 10
+COLLECT = 64 << 10
+READ_BUFFER = 1 << 20
+WINDOW = 0.1  # seconds: the period of the rate limit
+
+_U16, _U32, _U64 = struct.Struct(">H"), struct.Struct(">I"), struct.Struct(">Q")
+
+
+class _Latched:
+    """The first error stays: whoever comes later gets the same."""
+
+    error: MigrationError | None = None
+
+    def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    @contextlib.contextmanager
+    def _latch(self) -> Iterator[None]:
+        self.check()
+        try:
+            yield
+        except MigrationError as error:
+            self.error = error
+            raise
+        except OSError as error:
+            self.error = ChannelError(str(error))
+            raise self.error from error
+
+
+class OutStream(_Latched):
+    """The writing side. One thread writes; the limit may be set from any."""
+
+    def __init__(self, channel: Channel, limit: int = 0) -> None:
+        self.channel = channel
+        #: Bytes per second; 0 is unlimited.
+        self.limit = limit
+        self._small = bytearray()
+        self._sent = 0
+        self._window_start = time.monotonic()
+        self._window_base = 0
+
+    # ---- writing
+
+    @property
+    def position(self) -> int:
+        """Bytes written so far, those not yet passed to the channel included."""
+        return self._sent + len(self._small)
+
+    def write(self, data: Buffer) -> None:
+        if len(data) >= PASS_THROUGH:
+            self.write_all([data])
+            return
+        self._small += data
+        if len(self._small) >= COLLECT:
+            self.flush()
+
+    def write_all(self, buffers: list[Buffer]) -> None:
+        """Send large buffers at once, in order, behind what was collected."""
+        with self._latch():
+            if self._small:
+                buffers = [self._small, *buffers]
+                self._small = bytearray()
+            self.channel.send(buffers)
+            self._sent += sum(memoryview(b).nbytes for b in buffers)
+
+    def u8(self, value: int) -> None:
+        self.write(bytes((value,)))
+
+    def u16(self, value: int) -> None:
+        self.write(_U16.pack(value))
+
+    def u32(self, value: int) -> None:
+        self.write(_U32.pack(value))
+
+    def u64(self, value: int) -> None:
+        self.write(_U64.pack(value))
+
+    def flush(self) -> None:
+        if self._small:
+            self.write_all([])
+        with self._latch():
+            self.channel.flush()
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[int | None]:
+        """The descriptor, everything before it being sent, for somebody who writes to it himself and then says how
+        much by account(). None where the channel has no raw descriptor: write to the stream instead.
+        """
+        self.flush()
+        yield self.channel.raw_fd("write")
+
+    def account(self, n: int) -> None:
+        """n bytes were written past this stream: they count for position and rate."""
+        self._sent += n
+
+    # ---- rate
+
+    def start_window(self) -> None:
+        self._window_start = time.monotonic()
+        self._window_base = self.position
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes written since the window began."""
+        return self.position - self._window_base
+
+    @property
+    def window_elapsed(self) -> float:
+        return time.monotonic() - self._window_start
+
+    @property
+    def window_left(self) -> int | None:
+        """Bytes that may still be written in this window; None without a limit."""
+        if self.limit <= 0:
+            return None
+        return max(0, int(self.limit * WINDOW) - self.window_bytes)
+
+    @property
+    def rate_limited(self) -> bool:
+        return self.window_left == 0
+
+
+class InStream(_Latched):
+    """The reading side: a buffer of READ_BUFFER bytes that is refilled from the channel."""
+
+    def __init__(self, channel: Channel, *, buffer_size: int = READ_BUFFER) -> None:
+        self.channel = channel
+        self._buffer = bytearray(buffer_size)
+        self._view = memoryview(self._buffer)
+        self._start = self._end = 0
+        self._consumed = 0
+
+    @property
+    def position(self) -> int:
+        """Byte offset in the stream of the next byte."""
+        return self._consumed
+
+    @property
+    def capacity(self) -> int:
+        """The most that buffered() can be asked for."""
+        return len(self._buffer)
+
+    def buffered(self, need: int = 0) -> memoryview:
+        """What has arrived and was not consumed, after waiting until it is at least `need` bytes (at most capacity).
+
+        Valid until the next call that reads. Raises EndOfStream when the channel ends before.
+        """
+        while self._end - self._start < need:
+            self._refill(need)
+        return self._view[self._start : self._end]
+
+    def consume(self, n: int) -> None:
+        """Drop n of the buffered bytes."""
+        if n > self._end - self._start:
+            raise ValueError("more than was buffered")
+        self._start += n
+        self._consumed += n
+
+    def read(self, n: int) -> bytes:
+        if n <= len(self._buffer):
+            data = bytes(self.buffered(n)[:n])
+            self.consume(n)
+            return data
+        data = bytearray()
+        while len(data) < n:  # allocated as it arrives: a length is a claim of the peer's
+            data += self.read(min(n - len(data), len(self._buffer)))
+        return bytes(data)
+
+    def read_into(self, view: memoryview) -> None:
+        """Fill view, the large part straight from the channel."""
+        have = min(len(view), self._end - self._start)
+        view[:have] = self._view[self._start : self._start + have]
+        self.consume(have)
+        with self._latch():
+            while have < len(view):
+                n = self.channel.recv_into(view[have:])
+                if n == 0:
+                    self._raise_end(len(view) - have)
+                have += n
+                self._consumed += n
+
+    def at_end(self) -> bool:
+        """Nothing is buffered and the channel has ended; waits until that is known."""
+        if self._end > self._start:
+            return False
+        try:
+            self._refill(1)
+        except EndOfStream:
+            self.error = None
+            return True
+        return False
+
+    def wait(self, deadline: float | None) -> None:
+        """Return once a byte can be read or the channel has ended. Raises DeadlineExceeded."""
+        if self._end == self._start:
+            self.channel.peek(1, deadline)
+
+    def u8(self) -> int:
+        return self.read(1)[0]
+
+    def u16(self) -> int:
+        return int(_U16.unpack(self.read(2))[0])
+
+    def u32(self) -> int:
+        return int(_U32.unpack(self.read(4))[0])
+
+    def u64(self) -> int:
+        return int(_U64.unpack(self.read(8))[0])
+
+    @contextlib.contextmanager
+    def lend(self) -> Iterator[int | None]:
+        """The descriptor, for somebody who reads from it himself and then says how much by account(); None where the
+        channel has none or bytes were already read ahead.
+        """
+        yield None if self._end > self._start else self.channel.raw_fd("read")
+
+    def account(self, n: int) -> None:
+        self._consumed += n
+
+    def _refill(self, need: int) -> None:
+        if need > len(self._buffer):
+            raise ValueError(f"{need} bytes do not fit the buffer of {len(self._buffer)}")
+        with self._latch():
+            if self._start == self._end:
+                self._start = self._end = 0
+            elif self._start + need > len(self._buffer) or (
+                self._start >= len(self._buffer) // 2 > 2 * (len(self._buffer) - self._end)
+            ):  # what is asked for does not fit behind the rest, or only little would
+                rest = bytes(self._view[self._start : self._end])
+                self._view[: len(rest)] = rest
+                self._start, self._end = 0, len(rest)
+            n = self.channel.recv_into(self._view[self._end :])
+            if n == 0:
+                self._raise_end(need - (self._end - self._start))
+            self._end += n
+
+    def _raise_end(self, missing: int) -> None:
+        raise EndOfStream(
+            "the stream ended early",
+            offset=self._consumed + (self._end - self._start),
+            expected=f"at least {missing} more bytes",
+        )

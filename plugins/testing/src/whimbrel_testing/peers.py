@@ -1,0 +1,1 @@
+"""Peers of interop tests as pytest fixtures."""

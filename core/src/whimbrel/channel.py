@@ -97,7 +97,7 @@ class Channel(abc.ABC):
         return None
 
     def extension(self, kind: type[T]) -> T | None:
-        """This channel as another protocol (positional I/O, descriptor passing, page transport), or None."""
+        """The channel as another protocol (positional I/O, descriptor passing, page transport), or None."""
         return self if isinstance(self, kind) else None
 
     def __enter__(self) -> Channel:

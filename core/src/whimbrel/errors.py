@@ -57,17 +57,16 @@ class MigrationError(Exception):
         text = self.message + (f" ({', '.join(facts)})" if facts else "")
         return f"{text}. {self.hint}" if self.hint else text
 
-    def at(self, *, section: str | None = None, offset: int | None = None) -> MigrationError:
-        """Fill in where it happened, unless that is known already; returns self."""
+    def at(self, *, section: str | None = None, offset: int | None = None) -> None:
+        """Fill in where it happened, unless that is known already."""
         if self.section is None:
             self.section = section
         if self.offset is None:
             self.offset = offset
-        return self
 
 
 class LocalError(MigrationError):
-    """This side refused or could not."""
+    """Refused on this side, or not possible there."""
 
 
 class StateError(LocalError):

@@ -93,4 +93,4 @@ def wrap_migration(kernel: Kernel, run: Callable[[], Any]) -> Any:
 
 @hookspec
 def cli_commands() -> list[Any]:  # type: ignore[empty-body]
-    """click commands to add to migctl. Called by migctl only."""
+    """Click commands to add to migctl. Called by migctl only."""

@@ -202,7 +202,8 @@ class SaveDriver:
             if self.dialect.footers:
                 self.out.write(items.encode_footer(section_id))
         except MigrationError as error:
-            raise error.at(section=handler.idstr, offset=self.out.position)
+            error.at(section=handler.idstr, offset=self.out.position)
+            raise
         return result
 
     def _full(self, section_id: int, handler: SaveVMHandler) -> None:
@@ -446,7 +447,8 @@ class LoadDriver:
             self.status.tail_taken = self.status.eof = True
             return True
         except MigrationError as error:
-            raise error.at(section=header.idstr, offset=inp.position)
+            error.at(section=header.idstr, offset=inp.position)
+            raise
         except (ValueError, ArithmeticError, LookupError, TypeError) as error:
             raise StreamError(
                 f"the section could not be loaded: {error}",

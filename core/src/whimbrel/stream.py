@@ -108,7 +108,7 @@ class OutStream(_Latched):
         yield self.channel.raw_fd("write")
 
     def account(self, n: int) -> None:
-        """n bytes were written past this stream: they count for position and rate."""
+        """Bytes were written past this stream: they count for position and rate."""
         self._sent += n
 
     # ---- rate
@@ -179,10 +179,10 @@ class InStream(_Latched):
             data = bytes(self.buffered(n)[:n])
             self.consume(n)
             return data
-        data = bytearray()
-        while len(data) < n:  # allocated as it arrives: a length is a claim of the peer's
-            data += self.read(min(n - len(data), len(self._buffer)))
-        return bytes(data)
+        whole = bytearray()
+        while len(whole) < n:  # allocated as it arrives: a length is a claim of the peer's
+            whole += self.read(min(n - len(whole), len(self._buffer)))
+        return bytes(whole)
 
     def read_into(self, view: memoryview) -> None:
         """Fill view, the large part straight from the channel."""

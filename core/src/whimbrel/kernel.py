@@ -1,0 +1,345 @@
+"""The kernel: one machine, one migration at a time, and the rules for starting one."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from whimbrel.blockers import Blockers
+from whimbrel.channel import Channel, Listener, Role, TransportContext
+from whimbrel.errors import BlockedError, MigrationError, PluginError, StateError
+from whimbrel.handle import Handle
+from whimbrel.incoming import Incoming
+from whimbrel.machine import Machine, RunState
+from whimbrel.notifiers import Notification, Notifiers, What
+from whimbrel.outgoing import Outgoing
+from whimbrel.plugins import Plugins
+from whimbrel.savevm import SaveVMHandler
+from whimbrel.settings import KERNEL_SETTINGS, PROFILES, TODAY, Profile, Settings
+from whimbrel.state import MigrationState, Outcome, RunParams, Status
+from whimbrel.uri import Uri, parse_uri
+
+if TYPE_CHECKING:
+    from whimbrel.wire.format import Dialect
+
+log = logging.getLogger("whimbrel.kernel")
+
+
+class Kernel:
+    """The migration engine of one machine.
+
+    machine   what migrates; may be left out by a program that only looks at plugins and settings.
+    profile   defaults: 'today', '2013', or a Profile.
+    plugins   Plugins.shared() unless given.
+
+    Settings, blockers and notifiers outlive migrations; figures, error and run parameters do not. Thread-safe.
+    """
+
+    _default: Kernel | None = None
+    _default_lock = threading.Lock()
+
+    def __init__(
+        self,
+        machine: Machine | None = None,
+        *,
+        profile: Profile | str = TODAY,
+        plugins: Plugins | None = None,
+    ) -> None:
+        if isinstance(profile, str):
+            profile = PROFILES[profile]
+        self.machine = machine if machine is not None else Machine("none")
+        self.plugins = plugins if plugins is not None else Plugins.shared()
+        self.state = MigrationState(self._state_changed)
+        self.settings = Settings(profile, lambda: self.state.is_running)
+        self.settings.declare(KERNEL_SETTINGS)
+        for info, declared in self.plugins.settings():
+            try:
+                self.settings.declare(declared, by=info.source)
+            except MigrationError as error:
+                log.warning("the settings of plugin %s are left out: %s", info.source, error)
+        self.settings.attach(self)
+        self.blockers = Blockers(lambda: self.state.is_running)
+        self.notifiers = Notifiers()
+        self.named_fds: dict[str, int] = {}
+        self._lock = threading.RLock()
+        self._run: Handle | None = None  # until its clean-up has ended
+        self._handlers: list[SaveVMHandler] = []
+        self._unresolved: Outgoing | None = None
+
+    @classmethod
+    def default(cls) -> Kernel:
+        """The process-wide kernel, made at first use; a program may set its own by set_default()."""
+        with cls._default_lock:
+            if cls._default is None:
+                cls._default = cls()
+            return cls._default
+
+    @classmethod
+    def set_default(cls, kernel: Kernel | None) -> None:
+        with cls._default_lock:
+            cls._default = kernel
+
+    @property
+    def dialect(self) -> Dialect:
+        """The form of the stream that both sides must know beforehand."""
+        return self.settings.profile.dialect
+
+    # ---- outgoing
+
+    def migrate(self, uri: str, *, blk: bool = False, inc: bool = False) -> Outgoing:
+        """Begin to move the machine to uri; returns at once.
+
+        Raises StateError (one runs already, not in this state), BlockedError (all reasons), UriError or PluginError (the
+        scheme), before anything has started. What fails later is the handle's to tell.
+        """
+        with self._lock:
+            handlers = self._check_may_migrate(uri)
+            previous = self.state.status
+            self.state.reset(RunParams(blk=blk, inc=inc))
+            self._handlers = handlers
+            self.state.transition(previous, Status.SETUP)
+            self.notify(What.SETUP)
+            try:
+                target = parse_uri(uri, self.plugins.filter_names)
+                self.plugins.transport(target.scheme).create().parse(target.rest)
+                run = Outgoing(self, target, handlers)
+            except Exception as error:
+                self._fail_to_start(error)
+            self._start(run, "migration")
+            return run
+
+    def _check_may_migrate(self, uri: str) -> list[SaveVMHandler]:
+        """The refusals, in their order."""
+        if self.state.is_running:
+            raise StateError(
+                "there is a migration process in progress", hint="Wait for its end or cancel it"
+            )
+        if self._run is not None:
+            raise StateError("the previous migration is still being cleaned up", hint="Wait for it")
+        run_state = self.machine.run_state
+        if run_state is RunState.INMIGRATE:
+            raise StateError("the machine is waiting for an incoming migration")
+        if run_state is RunState.POSTMIGRATE:
+            raise StateError(
+                "the machine is paused due to previous migration: a second copy of it would come into being",
+                hint="Start it here first if the copy does not run",
+            )
+        if self._unresolved is not None:
+            raise StateError(
+                "it is unknown whether the previous migration's destination runs the machine",
+                hint="Settle that first with resolve()",
+            )
+        handlers = self.collect_handlers()
+        fixed = [f"{h.idstr}: {h.unmigratable}" for h in handlers if h.unmigratable is not None]
+        if fixed:
+            raise BlockedError([f"the machine cannot be migrated: {', '.join(fixed)}"])
+        if self.blockers:
+            raise BlockedError(self.blockers.reasons)
+        reasons = [
+            r
+            for _, some in self.plugins.each("preflight", kernel=self, uri=uri)
+            for r in some or ()
+        ]
+        if reasons:
+            raise BlockedError(reasons)
+        return handlers
+
+    def collect_handlers(self) -> list[SaveVMHandler]:
+        """The machine's own section handlers, then those that plugins contribute for its parts.
+
+        Raises PluginError when two claim one section.
+        """
+        handlers = list(self.machine.handlers)
+        owner = {(h.idstr, h.instance_id): "the machine" for h in handlers}
+        for info, some in self.plugins.each("savevm_handlers", kernel=self, machine=self.machine):
+            for handler in some or ():
+                key = (handler.idstr, handler.instance_id)
+                if key in owner:
+                    raise PluginError(
+                        f"section '{key[0]}' instance {key[1]} is claimed by {owner[key]} and {info.source}"
+                    )
+                owner[key] = info.source
+                handlers.append(handler)
+        return handlers
+
+    # ---- incoming
+
+    def incoming(self, uri: str, *, autostart: bool = True) -> Incoming:
+        """Listen at uri for a migration; returns once connections are possible (see Incoming.addresses).
+
+        autostart=False: leave the machine paused after a migration of a running one.
+
+        Raises StateError, UriError, PluginError, ChannelError. A failed load is the handle's to tell; another
+        incoming() may follow.
+        """
+        with self._lock:
+            self.defer_incoming()
+            handlers = self.collect_handlers()
+            previous = self.state.status
+            self.state.reset(RunParams())
+            self.state.figures.started = None
+            self.machine.received_run_state = None
+            self._handlers = handlers
+            self.state.transition(previous, Status.SETUP)
+            self.notify(What.SETUP)
+            try:
+                run = Incoming(self, handlers, autostart=autostart)
+                run.listen(parse_uri(uri, self.plugins.filter_names))
+            except Exception as error:
+                self._fail_to_start(error)
+            self._start(run, "incoming")
+            return run
+
+    def defer_incoming(self) -> None:
+        """Put the machine into `inmigrate`; a later incoming() says where to listen (QEMU's -incoming defer)."""
+        with self._lock:
+            if self.state.is_running or self._run is not None:
+                raise StateError("there is a migration process in progress")
+            self.machine.run_state = RunState.INMIGRATE
+
+    # ---- both
+
+    def _start(self, run: Outgoing | Incoming, name: str) -> None:
+        self._run = run
+        run._thread = threading.Thread(target=run.run, name=f"whimbrel-{name}", daemon=True)
+        run._thread.start()
+
+    def _fail_to_start(self, error: Exception) -> NoReturn:
+        self.state.error = error
+        self.state.outcome = Outcome.FAILED
+        self.state.leave(Status.FAILED)
+        self.notify(What.ERROR)
+        raise error
+
+    def run_ended(self, run: Handle) -> None:
+        """A run's clean-up has ended. For the runs themselves."""
+        with self._lock:
+            if isinstance(run, Outgoing) and self.state.outcome is Outcome.UNKNOWN:
+                self._unresolved = run
+            self._run = None
+
+    def cancel(self) -> None:
+        """Cancel what runs, if anything does. Raises StateError after the point of no return."""
+        run = self._run
+        if run is not None:
+            run.cancel()
+
+    def resolve(self, *, run_here: bool) -> None:
+        """Settle an outcome that is unknown: the machine runs here, or it has gone.
+
+        Only after making sure: run_here=True while the destination runs makes two running machines.
+        Raises StateError when nothing is unknown, MachineError when it does not start.
+        """
+        with self._lock:
+            run = self._unresolved
+            if run is None:
+                raise StateError("there is no migration of unknown outcome")
+            if run_here:
+                run._resume()
+                self.machine.generation += 1
+            else:
+                self.machine.run_state = RunState.POSTMIGRATE
+            self.state.outcome = Outcome.FAILED if run_here else Outcome.COMPLETED
+            self._unresolved = None
+
+    def query(self) -> dict[str, Any]:
+        """The migration in the form of QMP's query-migrate: times in ms, no member that has no value."""
+        state = self.state
+        figures = state.figures
+        info: dict[str, Any] = {}
+        if self.blockers:
+            info["blocked-reasons"] = list(self.blockers.reasons)
+        if state.status is Status.NONE:
+            return info
+        info["status"] = str(state.status)
+        total = figures.total_time
+        if total is None and figures.started is not None:
+            total = time.monotonic() - figures.started
+        if state.status not in (Status.SETUP, Status.FAILED, Status.CANCELLED):
+            downtime = figures.downtime
+            times = {
+                "total-time": total,
+                "setup-time": figures.setup_time,
+                "downtime": downtime,
+                "expected-downtime": figures.expected_downtime if downtime is None else None,
+            }
+            info |= {k: round(v * 1000) for k, v in times.items() if v is not None}
+            for handler in self._handlers:
+                info |= handler.query()
+        if state.error is not None:
+            info["error-desc"] = str(state.error)
+        if isinstance(self._run, Incoming) and self._run.addresses:
+            info["x-addresses"] = list(self._run.addresses)
+        if state.has_finished and state.outcome is not None:
+            info["x-outcome"] = str(state.outcome)
+            if figures.acknowledged is not None:
+                info["x-acknowledged"] = figures.acknowledged
+        return info
+
+    # ---- for runs
+
+    def _context(self, role: Role, cancel_fd: int) -> TransportContext:
+        return TransportContext(
+            role=role,
+            kernel=self,
+            machine=self.machine,
+            settings=self.settings,
+            named_fds=self.named_fds,
+            cancel_fd=cancel_fd,
+        )
+
+    def connect(self, uri: Uri, role: Role, cancel_fd: int) -> Channel:
+        """A channel to uri, filters around it."""
+        transport = self.plugins.transport(uri.scheme).create()
+        channel = transport.connect(transport.parse(uri.rest), self._context(role, cancel_fd))
+        return self._wrapped(channel, uri, role)
+
+    def listen(self, uri: Uri, cancel_fd: int) -> Listener:
+        """A listener at uri whose channels pass through its filters."""
+        transport = self.plugins.transport(uri.scheme).create()
+        context = self._context(Role.DESTINATION, cancel_fd)
+        listener = transport.listen(transport.parse(uri.rest), context)
+        return _FilteringListener(self, listener, uri) if uri.filters else listener
+
+    def _wrapped(self, channel: Channel, uri: Uri, role: Role) -> Channel:
+        try:
+            for name in reversed(uri.filters):
+                channel = self.plugins.filter(name).wrap(channel, role)
+        except BaseException:
+            channel.close()
+            raise
+        return channel
+
+    def register_fd(self, name: str, fd: int) -> None:
+        """Give a descriptor a name for fd:NAME. The migration that uses it takes it over."""
+        self.named_fds[name] = fd
+
+    def notify(self, what: What, old: Status | None = None, new: Status | None = None) -> None:
+        self.notifiers.notify(Notification(what, self.state, old, new))
+
+    def _state_changed(self, old: Status, new: Status) -> None:
+        self.notify(What.STATE, old, new)
+        self.plugins.notify("state_changed", kernel=self, old=old, new=new)
+
+
+class _FilteringListener(Listener):
+    """Puts the filters of a URI around every accepted channel."""
+
+    def __init__(self, kernel: Kernel, listener: Listener, uri: Uri) -> None:
+        self._kernel, self._listener, self._uri = kernel, listener, uri
+        prefix = "".join(f"{name}::" for name in uri.filters)
+        self.addresses = tuple(prefix + address for address in listener.addresses)
+
+    def accept(self, deadline: float | None = None) -> Channel:
+        channel = self._listener.accept(deadline)
+        return self._kernel._wrapped(channel, self._uri, Role.DESTINATION)
+
+    def close(self) -> None:
+        self._listener.close()
+
+
+def get_current() -> MigrationState:
+    """The state of the process-wide kernel: the MigrationState singleton."""
+    return Kernel.default().state

@@ -1,0 +1,444 @@
+"""The source's side of a migration: one thread from connect to clean-up, and the commit in two phases.
+
+The commit, with existing messages of the stream: after all state a PING goes out and the EOF byte is held back. The
+PONG says that everything before was loaded. Then EOF is sent: the point of no return, since a destination starts only
+after EOF. SHUT 0 says that it has taken over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import struct
+import time
+from typing import TYPE_CHECKING
+
+from whimbrel.channel import Channel, Role
+from whimbrel.errors import (
+    Cancelled,
+    ChannelError,
+    DeadlineExceeded,
+    EndOfStream,
+    MigrationError,
+    OutcomeUnknown,
+    PeerError,
+    StateError,
+    StreamError,
+)
+from whimbrel.globalstate import GlobalState
+from whimbrel.handle import Handle, Result, as_migration_error
+from whimbrel.machine import RunState
+from whimbrel.notifiers import What
+from whimbrel.savevm import Budget, Mode, Pending, SaveDriver, SaveVMHandler
+from whimbrel.settings import Capability
+from whimbrel.state import Outcome, Status
+from whimbrel.stream import WINDOW, InStream, OutStream
+from whimbrel.wire.format import PING_COMMIT, PING_OPEN, Answer, Command
+from whimbrel.wire.items import Configuration
+from whimbrel.wire.return_path import read_answer
+
+if TYPE_CHECKING:
+    from whimbrel.kernel import Kernel
+    from whimbrel.uri import Uri
+
+log = logging.getLogger("whimbrel.outgoing")
+
+#: Expected downtime is worked out anew only for windows that moved more than this many bytes.
+SIGNIFICANT = 10_000
+#: How long the source waits at the start for the answer that shows the length of the way; a destination need not give one.
+ROUND_TRIP_PATIENCE = 1.0
+
+
+class Outgoing(Handle):
+    """A migration to `uri`. Made by Kernel.migrate()."""
+
+    def __init__(self, kernel: Kernel, uri: Uri, handlers: list[SaveVMHandler]) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.uri = uri
+        self._state = kernel.state
+        self._machine = kernel.machine
+        self._figures = kernel.state.figures
+        self._global_state = GlobalState(self._machine)
+        if kernel.dialect.globalstate:
+            handlers = [*handlers, self._global_state]
+        self.handlers = handlers
+        self._channel: Channel | None = None
+        self._answers: InStream | None = None
+        self._committed = False
+        self._stopped_from: RunState | None = None  # the run state to go back to
+        self._invalidated = False
+        self._stopped_at = 0.0
+        self._round_trip = 0.0
+        self._scan_time = 0.0
+
+    # ---- from other threads
+
+    def cancel(self) -> None:
+        with self._lock:
+            if self.done or self._state.has_finished:
+                return
+            if self._committed:
+                raise StateError(
+                    "too late to cancel: the end of the stream was sent and the destination may run the machine",
+                    hint="Wait for its answer",
+                )
+            self._cancelled.set()
+            os.eventfd_write(self._cancel_fd, 1)
+            channel = self._channel
+        profile = self.kernel.settings.profile
+        self._state.leave(Status.CANCELLING if profile.cancelling else Status.CANCELLED)
+        if channel is not None:
+            channel.abort()
+
+    # ---- the thread
+
+    def run(self) -> None:
+        error: BaseException | None = None
+        try:
+            self.kernel.plugins.wrap_migration(self.kernel, self._migrate)
+        except BaseException as raised:
+            error = as_migration_error(raised, f"migration to {self.uri}")
+            if not isinstance(error, MigrationError) or error.__cause__ is not None:
+                log.debug("migration failed", exc_info=raised)
+        outcome = Outcome.COMPLETED
+        if error is not None:
+            error, outcome = self._settle(error)
+        self._end(outcome, error)
+
+    def _migrate(self) -> None:
+        self._connect()
+        self._setup()
+        self._iterate()
+        self._switch_over()
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled.is_set():
+            raise Cancelled("the migration was cancelled")
+
+    def _connect(self) -> None:
+        channel = self.kernel.connect(self.uri, Role.SOURCE, self._cancel_fd)
+        with self._lock:
+            self._channel = channel
+        self._check_cancelled()
+        self._out = OutStream(channel)
+        self._driver = SaveDriver(self._out, self._machine, self.handlers, self.kernel.dialect)
+
+    def _setup(self) -> None:
+        began = time.monotonic()
+        settings = self.kernel.settings
+        assert self._channel is not None
+        self._driver.header(self._configuration())
+        way_back = self._channel.return_path() if settings["return-path"] else None
+        if way_back is not None:
+            self._answers = InStream(way_back, buffer_size=4096)
+            self._driver.command(Command.OPEN_RETURN_PATH)
+            self._driver.command(Command.PING, struct.pack(">I", PING_OPEN))
+            self._out.flush()
+            self._measure_round_trip()
+        self._driver.setup(self._state.params)
+        self._figures.setup_time = time.monotonic() - began
+        self._check_cancelled()
+        self._state.transition(Status.SETUP, Status.ACTIVE)
+
+    def _configuration(self) -> Configuration:
+        machine = self._machine
+        on_wire = tuple(
+            s.name
+            for s in self.kernel.settings.declared()
+            if isinstance(s, Capability) and s.on_wire and self.kernel.settings[s.name]
+        )
+        return Configuration(
+            machine_type=machine.machine_type,
+            target_page_bits=None if machine.target_page_bits == 12 else machine.target_page_bits,
+            capabilities=on_wire or None,
+            uuid=machine.uuid,
+        )
+
+    def _measure_round_trip(self) -> None:
+        """How long an answer takes: part of the downtime that no bandwidth shortens."""
+        began = time.monotonic()
+        with contextlib.suppress(DeadlineExceeded):
+            self._await_pong(PING_OPEN, began + ROUND_TRIP_PATIENCE)
+            self._round_trip = time.monotonic() - began
+
+    # ---- iterating
+
+    def _iterate(self) -> None:
+        out, figures = self._out, self._figures
+        figures.expected_downtime = self._downtime_limit
+        out.limit = self.kernel.settings["max-bandwidth"]
+        out.start_window()
+        while True:
+            self._check_cancelled()
+            if out.window_elapsed >= WINDOW:
+                self._close_window()
+            if out.rate_limited:
+                self._cancelled.wait(max(0.0, WINDOW - out.window_elapsed))
+                continue
+            pending = self._pending()
+            if pending.precopy and pending.precopy >= figures.threshold:
+                budget = Budget(
+                    bytes=out.window_left,
+                    deadline=time.monotonic() + max(0.0, WINDOW - out.window_elapsed),
+                    cancelled=self._cancelled.is_set,
+                )
+                self._driver.iterate(budget)
+                figures.transferred = out.position
+            else:
+                return
+
+    def _pending(self) -> Pending:
+        """What is left; looked at closely once the estimate falls below the threshold."""
+        pending = self._driver.pending(exact=False)
+        if not pending.precopy or pending.precopy < self._figures.threshold:
+            began = time.monotonic()
+            pending = self._driver.pending(exact=True)
+            self._scan_time = time.monotonic() - began
+            self._figures.passes += 1
+        self._dirty_rate = pending.dirty_bytes_per_s
+        return pending
+
+    _dirty_rate: float | None = None
+
+    @property
+    def _downtime_limit(self) -> float:
+        return float(self.kernel.settings["downtime-limit"]) / 1000
+
+    def _close_window(self) -> None:
+        out, figures = self._out, self._figures
+        moved, elapsed = out.window_bytes, out.window_elapsed
+        figures.bandwidth = moved / elapsed
+        figures.mbps = figures.bandwidth * 8 / 1e6
+        # At switchover come one more look for changes, and two answers of the destination (PONG, SHUT).
+        overhead = self._scan_time + 2 * self._round_trip
+        figures.threshold = figures.bandwidth * max(0.0, self._downtime_limit - overhead)
+        if self._dirty_rate is not None and moved > SIGNIFICANT:
+            figures.expected_downtime = self._dirty_rate / figures.bandwidth
+        out.limit = self.kernel.settings["max-bandwidth"]
+        out.start_window()
+        self._look_for_refusal()
+
+    def _look_for_refusal(self) -> None:
+        """Has the destination given up already?"""
+        if self._answers is not None:
+            with contextlib.suppress(DeadlineExceeded):
+                self._answers.wait(time.monotonic())
+                answer, data = read_answer(self._answers)
+                self._note(answer, data)
+
+    # ---- switchover
+
+    def _switch_over(self) -> None:
+        self._check_cancelled()
+        machine = self._machine
+        self._stopped_at = time.monotonic()
+        machine.invoke("wakeup")
+        before = machine.run_state
+        self._global_state.state = str(before)
+        machine.vm_stop(RunState.FINISH_MIGRATE)
+        self._stopped_from = before
+        if self.kernel.settings.profile.cancelling:
+            self._state.transition(Status.ACTIVE, Status.DEVICE)
+        self._check_cancelled()
+        self._out.limit = 0
+        self._driver.complete(Mode.PRECOPY)
+        machine.invoke("invalidate")
+        self._invalidated = True
+        self._figures.passes += 1
+        self._figures.transferred = self._out.position
+        self._commit()
+
+    def _commit(self) -> None:
+        assert self._channel is not None
+        timeout = self.kernel.settings["commit-timeout"] / 1000
+        generation = self._machine.generation + 1
+        if self._answers is not None:
+            value = PING_COMMIT | (generation & (PING_COMMIT - 1))
+            self._driver.command(Command.PING, struct.pack(">I", value))
+            self._out.flush()
+            self._await_pong(value, time.monotonic() + timeout)
+        with self._lock:
+            self._check_cancelled()
+            self._committed = True
+        # Before this line the destination cannot have started. Behind it, only proof lets this side run again.
+        acknowledged = False
+        try:
+            self._driver.eof()
+            if self._answers is not None:
+                self._await_shut(time.monotonic() + timeout)
+                acknowledged = True
+        except PeerError:
+            raise
+        except (ChannelError, StreamError) as error:
+            self._judge(error, generation)
+            acknowledged = True
+        if not acknowledged:
+            self._finish_unanswered(time.monotonic() + timeout, generation)
+        self._figures.downtime = time.monotonic() - self._stopped_at
+        self._figures.transferred = self._out.position
+        self._figures.acknowledged = acknowledged
+        self._machine.generation = generation
+        if acknowledged and self._answers is not None:
+            with contextlib.suppress(MigrationError):
+                self._channel.finish(time.monotonic() + timeout)
+
+    def _finish_unanswered(self, deadline: float, generation: int) -> None:
+        """Without a return path, completed means that every byte was accepted and the channel ended in order."""
+        assert self._channel is not None
+        try:
+            self._channel.finish(deadline)
+        except ChannelError as error:
+            self._judge(error, generation)
+
+    def _judge(self, error: MigrationError, generation: int) -> None:
+        """The link failed after the point of no return. Returns if the destination has the machine; raises the error
+        if it is certain that it has not; raises OutcomeUnknown otherwise.
+        """
+        if self._peer_is_gone(error):
+            raise error
+        if self._machine.has("fence"):
+            if self._machine.invoke("fence", generation):
+                self._machine.generation = generation
+                raise error
+            log.warning(
+                "the link was lost (%s), and the fence says that the destination has the machine",
+                error,
+            )
+            return
+        raise OutcomeUnknown(
+            f"the link was lost after the end of the stream was sent: {error}",
+            hint="The destination may run the machine, or not. Look there; if it does not and never will, let it run"
+            " here with resolve(run_here=True)",
+        ) from error
+
+    def _peer_is_gone(self, error: MigrationError) -> bool:
+        """Proof that the process at the other end is gone, so that nothing can run there."""
+        channel = self._channel
+        if channel is None or not channel.eof_means_peer_gone:
+            return False
+        if isinstance(error, EndOfStream):
+            return True
+        if self._answers is None:
+            return (
+                True  # nobody is at the other end (a file): what could not be written does not run
+            )
+        try:
+            return self._answers.channel.peek(1, time.monotonic() + 1.0) == b""
+        except MigrationError:
+            return False
+
+    # ---- answers of the destination
+
+    def _await_pong(self, value: int, deadline: float) -> None:
+        while True:
+            answer, data = self._next_answer(deadline)
+            self._note(answer, data)
+            if answer is Answer.PONG and struct.unpack(">I", data)[0] == value:
+                return
+
+    def _await_shut(self, deadline: float) -> None:
+        while True:
+            answer, data = self._next_answer(deadline)
+            if answer is Answer.SHUT and not any(data):
+                return
+            self._note(answer, data)
+
+    def _next_answer(self, deadline: float) -> tuple[Answer, bytes]:
+        assert self._answers is not None
+        try:
+            self._answers.wait(deadline)
+            return read_answer(self._answers)
+        except EndOfStream as error:
+            raise EndOfStream(
+                "the destination closed the connection without an answer",
+                hint="Its own log says why",
+            ) from error
+
+    def _note(self, answer: Answer, data: bytes) -> None:
+        """An answer that nobody waits for: refusals end the migration."""
+        log.debug("answer %s %s", answer.name, data.hex())
+        if answer is Answer.SHUT:
+            status = struct.unpack(">I", data)[0]
+            if status:
+                raise PeerError(
+                    f"the destination refused the migration (status {status})",
+                    hint="Its own log says why",
+                )
+            raise StreamError("the destination said that it is done before the end of the stream")
+        if answer not in (Answer.PONG, Answer.SWITCHOVER_ACK):
+            raise StreamError(f"{answer.name} is not an answer of this kind of migration")
+
+    # ---- afterwards
+
+    def _settle(self, error: BaseException) -> tuple[BaseException, Outcome]:
+        """Let the machine go on here, unless the destination may have it."""
+        if isinstance(error, OutcomeUnknown):
+            return error, Outcome.UNKNOWN
+        outcome = Outcome.FAILED
+        if self._cancelled.is_set() and not self._committed:
+            outcome = Outcome.CANCELLED
+            if not isinstance(error, Cancelled):
+                error = Cancelled("the migration was cancelled")
+        elif isinstance(error, ChannelError) and not self._committed:
+            error = self._reason_of_peer(error)
+        try:
+            self._resume()
+        except MigrationError as failure:
+            log.error("the machine could not go on: %s", failure)
+            self._machine.run_state = RunState.INTERNAL_ERROR
+        return error, outcome
+
+    def _reason_of_peer(self, error: ChannelError) -> MigrationError:
+        """A broken pipe is explained better by what the destination said before it closed."""
+        if self._answers is not None:
+            with contextlib.suppress(MigrationError):
+                while True:
+                    self._answers.wait(time.monotonic() + 0.1)
+                    try:
+                        self._note(*read_answer(self._answers))
+                    except PeerError as refusal:
+                        return refusal
+        return error
+
+    def _resume(self) -> None:
+        before = self._stopped_from
+        if before is None:
+            return
+        if self._invalidated:
+            self._machine.invoke("activate")
+        if before is RunState.RUNNING:
+            self._machine.vm_start()
+        else:
+            self._machine.run_state = before
+
+    def _end(self, outcome: Outcome, error: BaseException | None) -> None:
+        state, figures = self._state, self._figures
+        figures.total_time = time.monotonic() - (figures.started or 0.0)
+        state.error, state.outcome = error, outcome
+        if outcome is Outcome.COMPLETED:
+            self._machine.run_state = RunState.POSTMIGRATE
+        final = {Outcome.COMPLETED: Status.COMPLETED, Outcome.CANCELLED: Status.CANCELLED}
+        if not state.leave(final.get(outcome, Status.FAILED)):
+            state.leave(Status.CANCELLED)  # cancelling, when the error came first
+        if error is not None:
+            log.log(
+                logging.INFO if outcome is Outcome.CANCELLED else logging.ERROR,
+                "migration to %s: %s",
+                self.uri,
+                error,
+            )
+        if hasattr(self, "_driver"):
+            self._driver.cleanup(outcome)
+        if self._channel is not None:
+            self._channel.close()
+        result = Result(
+            outcome=outcome,
+            error=error,
+            acknowledged=bool(figures.acknowledged),
+            figures=figures,
+        )
+        self.kernel.run_ended(self)
+        self.kernel.notify(What.CLEANUP)
+        self._finish(result)

@@ -1,0 +1,128 @@
+"""A guest that counts on its serial port and keeps dirtying memory, and that notices when memory was lost.
+
+On every timer interrupt it takes the next pages of a ring in RAM. Each must still hold, in its first and in its last
+word, the step at which it was written one lap ago (0 in the first lap); then it gets the present step. After the last
+page of the interrupt the guest writes the next number, eight digits and a newline, to COM1. A page that holds anything
+else makes it write BAD PAGE and stop for good.
+
+What a migration must carry over for the numbers to go on: RAM (the ring, and the digits in the boot sector's own page),
+the CPU's registers with a segment limit that no real-mode reset has (4 GiB in ES), interrupt controller, timer, UART.
+"""
+
+from __future__ import annotations
+
+import struct
+
+from whimbrel_testing.guest.assembler import BootSector, imm16, imm32
+
+PAGE = 4096
+RING = 1 << 20  #: address of the first page of the ring
+LINE = 9  #: bytes of a line: eight digits and a newline
+BAD = "BAD PAGE"
+
+_PIT_HZ = 1_193_182
+_COM1, _COM1_STATUS = 0x3F8, 0x3FD
+#: Base 0, limit 4 GiB, writable data, as an entry of a descriptor table.
+_FLAT = struct.pack("<HHBBBB", 0xFFFF, 0, 0, 0x92, 0x8F, 0)
+
+
+def boot_sector(*, pages: int = 1024, pages_per_tick: int = 64, hz: int = 1000) -> bytes:
+    """The 512 bytes. `pages` long is the ring; hz interrupts a second dirty `pages_per_tick` pages each."""
+    divisor = _PIT_HZ // hz
+    if not (0 < divisor <= 0xFFFF and 0 < pages_per_tick <= pages):
+        raise ValueError("19 Hz is the slowest, and the ring at least as long as one tick's pages")
+    c = BootSector()
+    c.op("fa", "cli")
+    c.op("31 c0", "xor ax, ax")
+    c.op("8e d8", "mov ds, ax")
+    c.op("8e d0", "mov ss, ax")
+    c.op("bc", "mov sp, 0x7c00", imm16(0x7C00))
+    c.op("e4 92 0c 02 e6 92", "in al, 0x92; or al, 2; out 0x92, al   ; address line 20")
+
+    # Into protected mode and back: ES keeps the limit of 4 GiB that it was given there.
+    c.address("0f 01 16", "lgdt [gdtr]", "gdtr")
+    c.op("0f 20 c0 0c 01 0f 22 c0", "mov eax, cr0; or al, 1; mov cr0, eax")
+    c.op("bb 08 00 8e c3", "mov bx, 8; mov es, bx")
+    c.op("24 fe 0f 22 c0", "and al, 0xfe; mov cr0, eax")
+    c.op("31 db 8e c3", "xor bx, bx; mov es, bx")
+
+    c.address("c7 06 20 00", "mov word [8 * 4], irq0", "irq0")
+    c.op("89 1e 22 00", "mov [8 * 4 + 2], bx")
+    c.op("b0 34 e6 43", "mov al, 0x34; out 0x43, al   ; timer 0: rate generator")
+    c.op("b0", "mov al, low byte of the divisor", bytes((divisor & 0xFF,)))
+    c.op("e6 40", "out 0x40, al")
+    c.op("b0", "mov al, its high byte", bytes((divisor >> 8,)))
+    c.op("e6 40", "out 0x40, al")
+    c.op("b0 fe e6 21", "mov al, 0xfe; out 0x21, al   ; the timer is the only interrupt")
+    c.op("b0 ff e6 a1", "mov al, 0xff; out 0xa1, al")
+
+    c.op("66 bb", "mov ebx, 1   ; the step", imm32(1))
+    c.op("66 bf", "mov edi, RING   ; the page", imm32(RING))
+    c.op("fb", "sti")
+
+    c.label("tick")
+    c.op("f4", "hlt")
+    c.op("b9", "mov cx, pages_per_tick", imm16(pages_per_tick))
+    c.label("step")
+    c.op("66 89 d8", "mov eax, ebx")
+    c.op("66 2d", "sub eax, pages   ; the step one lap ago", imm32(pages))
+    c.near("77", "ja lapped", "lapped")
+    c.op("66 31 c0", "xor eax, eax   ; first lap: the page was never written")
+    c.label("lapped")
+    c.op("26 67 66 39 07", "cmp [es:edi], eax")
+    c.near("75", "jne bad", "bad")
+    c.op("26 67 66 39 87", "cmp [es:edi + 0xffc], eax", imm32(PAGE - 4))
+    c.near("75", "jne bad", "bad")
+    c.op("26 67 66 89 1f", "mov [es:edi], ebx")
+    c.op("26 67 66 89 9f", "mov [es:edi + 0xffc], ebx", imm32(PAGE - 4))
+    c.op("66 43", "inc ebx")
+    c.op("66 81 c7", "add edi, PAGE", imm32(PAGE))
+    c.op("66 81 ff", "cmp edi, end of the ring", imm32(RING + pages * PAGE))
+    c.near("72", "jb next", "next")
+    c.op("66 bf", "mov edi, RING", imm32(RING))
+    c.label("next")
+    c.near("e2", "loop step", "step")
+
+    c.address("be", "mov si, line", "line")
+    c.call("print")
+    c.address("be", "mov si, last_digit", "last_digit")
+    c.label("digit")
+    c.op("fe 04", "inc byte [si]")
+    c.op("80 3c 39", "cmp byte [si], '9'")
+    c.near("76", "jbe tick", "tick")
+    c.op("c6 04 30", "mov byte [si], '0'   ; and carry")
+    c.op("4e", "dec si")
+    c.near("eb", "jmp digit", "digit")
+
+    c.label("bad")
+    c.address("be", "mov si, complaint", "complaint")
+    c.call("print")
+    c.op("fa f4", "cli; hlt")
+
+    c.label("print")
+    c.op("ba", "mov dx, COM1 line status", imm16(_COM1_STATUS))
+    c.label("busy")
+    c.op("ec a8 20", "in al, dx; test al, 0x20   ; room for a byte?")
+    c.near("74", "jz busy", "busy")
+    c.op("ba", "mov dx, COM1", imm16(_COM1))
+    c.op("ac ee", "lodsb; out dx, al")
+    c.op("3c 0a", "cmp al, newline")
+    c.near("75", "jne print", "print")
+    c.op("c3", "ret")
+
+    c.label("irq0")
+    c.op("50 b0 20 e6 20 58 cf", "push ax; mov al, 0x20; out 0x20, al; pop ax; iret")
+
+    c.label("line")
+    c.data(b"0000000")
+    c.label("last_digit")
+    c.data(b"1\n")
+    c.label("complaint")
+    c.data(BAD.encode() + b"\n")
+    c.label("gdt")
+    c.data(bytes(8) + _FLAT)
+    c.label("gdtr")
+    c.data(imm16(15))
+    c.pointer("gdt")
+    c.data(bytes(2))
+    return c.image()

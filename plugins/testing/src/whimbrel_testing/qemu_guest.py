@@ -1,0 +1,113 @@
+"""Guests for a real QEMU: one that counts and dirties memory, one with known RAM that never runs."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import attrs
+
+from whimbrel_testing.guest import counter
+from whimbrel_testing.peers import wait_until
+
+#: A versioned machine type, so that a newer QEMU is the same machine.
+MACHINE = "pc-i440fx-7.2"
+_FLOPPY = 1_474_560
+MIB = 1 << 20
+
+
+@attrs.frozen
+class CountingGuest:
+    """A boot sector that writes 1, 2, 3, ... to the serial port, one line each tick; see guest.counter."""
+
+    image: Path
+    memory_mib: int = 16
+
+    def args(self, serial: Path) -> list[str]:
+        """QEMU's arguments; what the guest writes goes to the file `serial`."""
+        return [
+            *("-machine", MACHINE, "-m", f"{self.memory_mib}M"),
+            *("-drive", f"if=floppy,format=raw,readonly=on,file={self.image}"),
+            *("-chardev", f"file,id=serial,path={serial}", "-serial", "chardev:serial"),
+        ]
+
+
+def counting_guest(
+    folder: Path,
+    *,
+    memory_mib: int = 16,
+    pages: int = 1024,
+    pages_per_tick: int = 64,
+    hz: int = 500,
+) -> CountingGuest:
+    """Its disk image goes to folder. It dirties pages_per_tick * hz pages a second of a ring of `pages`."""
+    sector = counter.boot_sector(pages=pages, pages_per_tick=pages_per_tick, hz=hz)
+    image = folder / "counter.img"
+    image.write_bytes(sector.ljust(_FLOPPY, b"\0"))
+    return CountingGuest(image, memory_mib)
+
+
+def last_number(*logs: Path) -> int:
+    """The last whole number in the joined logs; 0 before the first."""
+    lines = b"".join(log.read_bytes() for log in logs if log.exists()).split(b"\n")
+    return int(lines[-2]) if len(lines) > 1 else 0
+
+
+def wait_counting(*logs: Path, beyond: int = 0, what: str = "counting") -> int:
+    """Wait until the joined logs go beyond that number, and 100 further."""
+    return wait_until(
+        lambda: n if (n := last_number(*logs)) > beyond + 100 else 0, f"{what} beyond {beyond}"
+    )
+
+
+def check_count(*logs: Path) -> int:
+    """The joined logs must be 1, 2, 3, ...: nothing missing, repeated or torn. Returns the last whole number.
+
+    Raises AssertionError that names the first line that is wrong.
+    """
+    joined = b"".join(log.read_bytes() for log in logs)
+    assert counter.BAD.encode() not in joined, "the guest found a page that is not what it wrote"
+    *lines, _unfinished = joined.split(b"\n")
+    for expected, line in enumerate(lines, start=1):
+        assert line == b"%08d" % expected, f"expected {expected:08}, found {line!r}"
+    return len(lines)
+
+
+@attrs.frozen
+class FilledGuest:
+    """RAM that was filled before the start, in a file that QEMU maps shared; the guest never runs (-S)."""
+
+    size: int = 64 * MIB
+
+    def args(self, ram: Path) -> list[str]:
+        """QEMU's arguments, with the file `ram` as its memory; a missing file is made, all zero."""
+        if not ram.exists():
+            with ram.open("wb") as file:
+                file.truncate(self.size)
+        backend = f"memory-backend-file,id=ram,size={self.size},mem-path={ram},share=on"
+        return [
+            *("-object", backend, "-machine", f"{MACHINE},memory-backend=ram"),
+            *("-m", str(self.size // MIB), "-S"),
+        ]
+
+    def fill(self, ram: Path, seed: int = 1) -> None:
+        """Pages of every kind in an irregular order: random, zero, one byte repeated, zero but for the last byte."""
+        with ram.open("wb") as file:
+            for page in self._pages(random.Random(seed)):
+                file.write(page)
+
+    def _pages(self, rng: random.Random) -> Iterator[bytes]:
+        left = self.size // counter.PAGE
+        while left:
+            run = min(left, rng.randrange(1, 40))
+            left -= run
+            kind = rng.randrange(5)
+            if kind == 0:
+                yield bytes(run * counter.PAGE)
+            elif kind == 1:
+                yield bytes((rng.randrange(1, 256),)) * (run * counter.PAGE)
+            elif kind == 2:
+                yield (bytes(counter.PAGE - 1) + b"\x01") * run
+            else:
+                yield rng.randbytes(run * counter.PAGE)

@@ -1,0 +1,169 @@
+"""The click application: global options, and a group whose commands come from plugins (hook `cli_commands`)."""
+
+from __future__ import annotations
+
+import logging
+import platform
+from typing import TYPE_CHECKING
+
+import click
+
+import whimbrel
+from whimbrel_cli import __version__, logs
+
+if TYPE_CHECKING:
+    from whimbrel import Plugins
+
+log = logging.getLogger("whimbrel.cli")
+
+EPILOG = """\b
+Examples:
+  migctl --plugins                    what is installed; why something is not ready
+  migctl --plugins --json             the same for a program
+  migctl -p no:exec COMMAND ...       as if the plugin exec were not installed
+  migctl -p tcp=whimbrel-tcp COMMAND  where two distributions provide tcp: this one
+  migctl -v COMMAND ...               say what happens; -vv says everything
+
+WHIMBREL_DISABLE=NAME,NAME in the environment disables plugins as well."""
+
+
+class Selection:
+    """What -p chose, and the plugins under that choice: loaded when somebody asks for them, once."""
+
+    def __init__(self) -> None:
+        self.disabled: list[str] = []
+        self.prefer: dict[str, str] = {}
+        self._plugins: Plugins | None = None
+
+    def add(self, text: str) -> None:
+        """Take one value of -p. Raises click.BadParameter."""
+        what, equals, distribution = text.partition("=")
+        if equals and what and distribution:
+            self.prefer[what] = distribution
+        elif text.startswith("no:") and len(text) > 3:
+            self.disabled.append(text[3:])
+        else:
+            raise click.BadParameter(
+                f"'{text}' is neither no:NAME (disable a plugin) nor SCHEME=DISTRIBUTION"
+                " (settle which one provides it)"
+            )
+
+    @property
+    def plugins(self) -> Plugins:
+        """The process-wide plugins: a Kernel that a command makes gets these."""
+        if self._plugins is None:
+            from whimbrel import Plugins
+
+            self._plugins = Plugins.load(disabled=self.disabled, prefer=self.prefer)
+            Plugins.share(self._plugins)
+            self._warn_of_misspellings(self._plugins)
+        return self._plugins
+
+    def _warn_of_misspellings(self, plugins: Plugins) -> None:
+        names = {i.name for i in plugins.infos()}
+        distributions = names | {i.distribution for i in plugins.infos()}
+        for name in self.disabled:
+            if name not in names:
+                log.warning("-p no:%s: there is no such plugin (migctl --plugins lists them)", name)
+        for what, name in self.prefer.items():
+            if name not in distributions:
+                log.warning("-p %s=%s: that distribution has no plugin here", what, name)
+
+
+class PluginGroup(click.Group):
+    """A group whose commands are contributed. Plugins are loaded when a command is looked up or listed."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *self._contributed(ctx)})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        own = super().get_command(ctx, cmd_name)
+        if own is not None:
+            return own
+        claims = self._contributed(ctx).get(cmd_name, {})
+        if len(claims) > 1:
+            raise whimbrel.PluginError(
+                f"the command '{cmd_name}' is claimed by {' and '.join(claims)}",
+                hint="Disable one of them with -p no:NAME",
+            )
+        return next(iter(claims.values()), None)
+
+    def _contributed(self, ctx: click.Context) -> dict[str, dict[str, click.Command]]:
+        """Command name → plugin → command."""
+        found: dict[str, dict[str, click.Command]] = {}
+        for info, commands in ctx.ensure_object(Selection).plugins.collect("cli_commands"):
+            for command in commands or ():
+                if isinstance(command, click.Command) and command.name:
+                    found.setdefault(command.name, {})[info.source] = command
+                else:
+                    log.warning("plugin %s offers a command that is no click.Command", info.source)
+        return found
+
+
+def _set_verbosity(ctx: click.Context, _: click.Parameter, value: int) -> int:
+    logs.set_up(value)
+    return value
+
+
+def _select_plugins(ctx: click.Context, _: click.Parameter, value: tuple[str, ...]) -> None:
+    selection = ctx.ensure_object(Selection)
+    for text in value:
+        selection.add(text)
+
+
+@click.group(
+    cls=PluginGroup,
+    invoke_without_command=True,
+    epilog=EPILOG,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.option(
+    "-v",
+    "--verbose",
+    count=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_set_verbosity,
+    help="Say what happens (-v) or everything (-vv), on standard error.",
+)
+@click.option(
+    "-p",
+    "select",
+    multiple=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_select_plugins,
+    metavar="no:NAME|SCHEME=DIST",
+    help="Disable a plugin, or choose who provides a scheme that two claim. Repeatable.",
+)
+@click.option("--plugins", "list_plugins", is_flag=True, help="List the plugins and exit.")
+@click.option("--json", "as_json", is_flag=True, help="With --plugins: as JSON.")
+@click.version_option(
+    __version__,
+    prog_name="migctl",
+    message=f"%(prog)s %(version)s (whimbrel-core {whimbrel.__version__},"
+    f" Python {platform.python_version()})",
+)
+@click.pass_context
+def migctl(ctx: click.Context, list_plugins: bool, as_json: bool) -> None:
+    """Watch and drive live migrations of whimbrel apps and of QEMU guests."""
+    if as_json and not list_plugins:
+        raise click.UsageError("--json goes with --plugins", ctx)
+    if list_plugins:
+        _list(ctx, as_json)
+        ctx.exit()
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
+        ctx.exit(2)
+
+
+def _list(ctx: click.Context, as_json: bool) -> None:
+    from whimbrel_cli import listing
+
+    if not logs.is_verbose():  # the listing says it all
+        logging.getLogger("whimbrel.plugins").setLevel(logging.CRITICAL)
+    infos = ctx.ensure_object(Selection).plugins.infos()
+    if as_json:
+        click.echo(listing.as_json(infos))
+    else:
+        listing.print_table(infos)

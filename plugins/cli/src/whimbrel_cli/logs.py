@@ -1,0 +1,48 @@
+"""Logging for an operator: warnings in one line each; -v adds what happens, -vv everything, tracebacks included."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
+
+
+def printable(text: str) -> str:
+    """One line that is safe on a terminal: names in it may come from a peer."""
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode("ascii")
+        for c in " ".join(text.split())
+    )
+
+
+class _OneLine(logging.Formatter):
+    """For operators who did not ask for more: level and message; a traceback shrinks to its last line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        if record.exc_info and record.exc_info[1] is not None:
+            text += f": {record.exc_info[1]}"
+        return f"migctl: {record.levelname.lower()}: {printable(text)}"
+
+
+def set_up(verbosity: int) -> None:
+    """Log to standard error. 0 shows warnings, 1 (-v) also what happens, 2 (-vv) everything; more is 2."""
+    handler = logging.StreamHandler(sys.stderr)
+    if verbosity:
+        handler.setFormatter(
+            logging.Formatter(
+                "%(asctime)s.%(msecs)03d %(levelname)-7s %(name)s: %(message)s", "%H:%M:%S"
+            )
+        )
+    else:
+        handler.setFormatter(_OneLine())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.WARNING)
+    logging.getLogger("whimbrel").setLevel(LEVELS[min(verbosity, 2)])
+
+
+def is_verbose() -> bool:
+    """Whether -v was given."""
+    return logging.getLogger("whimbrel").isEnabledFor(logging.INFO)

@@ -13,7 +13,7 @@ import struct
 import time
 from typing import TYPE_CHECKING
 
-from whimbrel.channel import Channel, Listener
+from whimbrel.channel import Channel, Listener, Role
 from whimbrel.errors import (
     Cancelled,
     MachineError,
@@ -34,7 +34,7 @@ from whimbrel.wire.return_path import encode_pong, encode_shut
 
 if TYPE_CHECKING:
     from whimbrel.kernel import Kernel
-    from whimbrel.uri import Uri
+    from whimbrel.route import Route
 
 log = logging.getLogger("whimbrel.incoming")
 
@@ -64,9 +64,9 @@ class Incoming(Handle):
         self._generation: int | None = None
         self._committed = False
 
-    def listen(self, uri: Uri) -> None:
+    def listen(self, route: Route) -> None:
         """Open the address; run() does the rest."""
-        self._listener = self.kernel.listen(uri, self._cancel_fd)
+        self._listener = route.listen(self.kernel.context(Role.DESTINATION, self._cancel_fd))
         self.addresses = self._listener.addresses
 
     # ---- from other threads
@@ -129,13 +129,13 @@ class Incoming(Handle):
         # The machine is here now: nothing behind this line may undo that.
         try:
             if driver.dialect.vmdescription:
-                inp.wait(time.monotonic() + TAIL_PATIENCE)
+                inp.deadline = time.monotonic() + TAIL_PATIENCE
                 driver.vmdescription(inp)
             self._figures.transferred = inp.position
             if self._way_back is not None:
                 self._way_back.send([encode_shut(0)])
                 self._figures.acknowledged = True
-        except MigrationError as error:
+        except Exception as error:
             log.warning("the machine was taken over, but the source may not know: %s", error)
 
     def _unknown_section(self, header: SectionHeader, inp: InStream) -> SaveVMHandler | None:

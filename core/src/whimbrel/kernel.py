@@ -8,7 +8,7 @@ import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from whimbrel.blockers import Blockers
-from whimbrel.channel import Channel, Listener, Role, TransportContext
+from whimbrel.channel import Role, TransportContext
 from whimbrel.errors import BlockedError, MigrationError, PluginError, StateError
 from whimbrel.handle import Handle
 from whimbrel.incoming import Incoming
@@ -16,10 +16,10 @@ from whimbrel.machine import Machine, RunState
 from whimbrel.notifiers import Notification, Notifiers, What
 from whimbrel.outgoing import Outgoing
 from whimbrel.plugins import Plugins
+from whimbrel.route import Route
 from whimbrel.savevm import SaveVMHandler
 from whimbrel.settings import KERNEL_SETTINGS, PROFILES, TODAY, Profile, Settings
 from whimbrel.state import MigrationState, Outcome, RunParams, Status
-from whimbrel.uri import Uri, parse_uri
 
 if TYPE_CHECKING:
     from whimbrel.wire.format import Dialect
@@ -102,9 +102,7 @@ class Kernel:
             self.state.transition(previous, Status.SETUP)
             self.notify(What.SETUP)
             try:
-                target = parse_uri(uri, self.plugins.filter_names)
-                self.plugins.transport(target.scheme).create().parse(target.rest)
-                run = Outgoing(self, target, handlers)
+                run = Outgoing(self, self.route(uri), handlers)
             except Exception as error:
                 self._fail_to_start(error)
             self._start(run, "migration")
@@ -186,7 +184,7 @@ class Kernel:
             self.notify(What.SETUP)
             try:
                 run = Incoming(self, handlers, autostart=autostart)
-                run.listen(parse_uri(uri, self.plugins.filter_names))
+                run.listen(self.route(uri))
             except Exception as error:
                 self._fail_to_start(error)
             self._start(run, "incoming")
@@ -230,15 +228,15 @@ class Kernel:
         """Settle an outcome that is unknown: the machine runs here, or it has gone.
 
         Only after making sure: run_here=True while the destination runs makes two running machines.
-        Raises StateError when nothing is unknown, MachineError when it does not start.
+        Raises StateError when nothing is unknown, MachineError when it does not start or when the machine's fence says
+        that the other side has it.
         """
         with self._lock:
             run = self._unresolved
             if run is None:
                 raise StateError("there is no migration of unknown outcome")
             if run_here:
-                run._resume()
-                self.machine.generation += 1
+                run.resume_here()
             else:
                 self.machine.run_state = RunState.POSTMIGRATE
             self.state.outcome = Outcome.FAILED if run_here else Outcome.COMPLETED
@@ -278,9 +276,14 @@ class Kernel:
                 info["x-acknowledged"] = figures.acknowledged
         return info
 
-    # ---- for runs
+    # ---- for runs and tools
 
-    def _context(self, role: Role, cancel_fd: int) -> TransportContext:
+    def route(self, uri: str) -> Route:
+        """The transport, address and filters of a URI. Raises UriError and PluginError."""
+        return Route.resolve(self.plugins, uri)
+
+    def context(self, role: Role, cancel_fd: int | None = None) -> TransportContext:
+        """What a transport is given to connect or listen."""
         return TransportContext(
             role=role,
             kernel=self,
@@ -289,28 +292,6 @@ class Kernel:
             named_fds=self.named_fds,
             cancel_fd=cancel_fd,
         )
-
-    def connect(self, uri: Uri, role: Role, cancel_fd: int) -> Channel:
-        """A channel to uri, filters around it."""
-        transport = self.plugins.transport(uri.scheme).create()
-        channel = transport.connect(transport.parse(uri.rest), self._context(role, cancel_fd))
-        return self._wrapped(channel, uri, role)
-
-    def listen(self, uri: Uri, cancel_fd: int) -> Listener:
-        """A listener at uri whose channels pass through its filters."""
-        transport = self.plugins.transport(uri.scheme).create()
-        context = self._context(Role.DESTINATION, cancel_fd)
-        listener = transport.listen(transport.parse(uri.rest), context)
-        return _FilteringListener(self, listener, uri) if uri.filters else listener
-
-    def _wrapped(self, channel: Channel, uri: Uri, role: Role) -> Channel:
-        try:
-            for name in reversed(uri.filters):
-                channel = self.plugins.filter(name).wrap(channel, role)
-        except BaseException:
-            channel.close()
-            raise
-        return channel
 
     def register_fd(self, name: str, fd: int) -> None:
         """Give a descriptor a name for fd:NAME. The migration that uses it takes it over."""
@@ -322,22 +303,6 @@ class Kernel:
     def _state_changed(self, old: Status, new: Status) -> None:
         self.notify(What.STATE, old, new)
         self.plugins.notify("state_changed", kernel=self, old=old, new=new)
-
-
-class _FilteringListener(Listener):
-    """Puts the filters of a URI around every accepted channel."""
-
-    def __init__(self, kernel: Kernel, listener: Listener, uri: Uri) -> None:
-        self._kernel, self._listener, self._uri = kernel, listener, uri
-        prefix = "".join(f"{name}::" for name in uri.filters)
-        self.addresses = tuple(prefix + address for address in listener.addresses)
-
-    def accept(self, deadline: float | None = None) -> Channel:
-        channel = self._listener.accept(deadline)
-        return self._kernel._wrapped(channel, self._uri, Role.DESTINATION)
-
-    def close(self) -> None:
-        self._listener.close()
 
 
 def get_current() -> MigrationState:

@@ -20,6 +20,7 @@ from whimbrel.errors import (
     ChannelError,
     DeadlineExceeded,
     EndOfStream,
+    MachineError,
     MigrationError,
     OutcomeUnknown,
     PeerError,
@@ -40,7 +41,7 @@ from whimbrel.wire.return_path import read_answer
 
 if TYPE_CHECKING:
     from whimbrel.kernel import Kernel
-    from whimbrel.uri import Uri
+    from whimbrel.route import Route
 
 log = logging.getLogger("whimbrel.outgoing")
 
@@ -53,10 +54,11 @@ ROUND_TRIP_PATIENCE = 1.0
 class Outgoing(Handle):
     """A migration to `uri`. Made by Kernel.migrate()."""
 
-    def __init__(self, kernel: Kernel, uri: Uri, handlers: list[SaveVMHandler]) -> None:
+    def __init__(self, kernel: Kernel, route: Route, handlers: list[SaveVMHandler]) -> None:
         super().__init__()
         self.kernel = kernel
-        self.uri = uri
+        self.route = route
+        self.uri = str(route.uri)
         self._state = kernel.state
         self._machine = kernel.machine
         self._figures = kernel.state.figures
@@ -118,7 +120,7 @@ class Outgoing(Handle):
             raise Cancelled("the migration was cancelled")
 
     def _connect(self) -> None:
-        channel = self.kernel.connect(self.uri, Role.SOURCE, self._cancel_fd)
+        channel = self.route.connect(self.kernel.context(Role.SOURCE, self._cancel_fd))
         with self._lock:
             self._channel = channel
         self._check_cancelled()
@@ -224,9 +226,7 @@ class Outgoing(Handle):
         """Has the destination given up already?"""
         if self._answers is not None:
             with contextlib.suppress(DeadlineExceeded):
-                self._answers.wait(time.monotonic())
-                answer, data = read_answer(self._answers)
-                self._note(answer, data)
+                self._note(*self._next_answer(time.monotonic()))
 
     # ---- switchover
 
@@ -259,53 +259,48 @@ class Outgoing(Handle):
             self._driver.command(Command.PING, struct.pack(">I", value))
             self._out.flush()
             self._await_pong(value, time.monotonic() + timeout)
+        tail = self._driver.tail()
         with self._lock:
             self._check_cancelled()
             self._committed = True
         # Before this line the destination cannot have started. Behind it, only proof lets this side run again.
-        acknowledged = False
         try:
-            self._driver.eof()
-            if self._answers is not None:
+            self._out.write(tail)
+            self._out.flush()
+            if self._answers is None:
+                # Completed means then that every byte was accepted and that the channel ended in order.
+                self._channel.finish(time.monotonic() + timeout)
+            else:
                 self._await_shut(time.monotonic() + timeout)
-                acknowledged = True
+            self._figures.acknowledged = self._answers is not None
         except PeerError:
+            self._machine.generation = (
+                generation  # claimed over there perhaps: not to be used twice
+            )
             raise
-        except (ChannelError, StreamError) as error:
-            self._judge(error, generation)
-            acknowledged = True
-        if not acknowledged:
-            self._finish_unanswered(time.monotonic() + timeout, generation)
+        except Exception as error:
+            self._judge(as_migration_error(error, "the commit"), generation)
         self._figures.downtime = time.monotonic() - self._stopped_at
         self._figures.transferred = self._out.position
-        self._figures.acknowledged = acknowledged
         self._machine.generation = generation
-        if acknowledged and self._answers is not None:
+        if self._answers is not None:
             with contextlib.suppress(MigrationError):
                 self._channel.finish(time.monotonic() + timeout)
 
-    def _finish_unanswered(self, deadline: float, generation: int) -> None:
-        """Without a return path, completed means that every byte was accepted and the channel ended in order."""
-        assert self._channel is not None
-        try:
-            self._channel.finish(deadline)
-        except ChannelError as error:
-            self._judge(error, generation)
-
-    def _judge(self, error: MigrationError, generation: int) -> None:
+    def _judge(self, error: BaseException, generation: int) -> None:
         """The link failed after the point of no return. Returns if the destination has the machine; raises the error
         if it is certain that it has not; raises OutcomeUnknown otherwise.
         """
         if self._peer_is_gone(error):
+            self._machine.generation = generation
             raise error
-        if self._machine.has("fence"):
-            if self._machine.invoke("fence", generation):
-                self._machine.generation = generation
-                raise error
-            log.warning(
-                "the link was lost (%s), and the fence says that the destination has the machine",
-                error,
-            )
+        fenced = self._ask_fence(generation)
+        if fenced:
+            self._machine.generation = generation
+            raise error
+        if fenced is False:
+            log.warning("%s; the fence says that the destination has the machine", error)
+            self._figures.acknowledged = False
             return
         raise OutcomeUnknown(
             f"the link was lost after the end of the stream was sent: {error}",
@@ -313,7 +308,17 @@ class Outgoing(Handle):
             " here with resolve(run_here=True)",
         ) from error
 
-    def _peer_is_gone(self, error: MigrationError) -> bool:
+    def _ask_fence(self, generation: int) -> bool | None:
+        """Whether this side now has the sole right to run, or None when nobody can tell."""
+        if not self._machine.has("fence"):
+            return None
+        try:
+            return bool(self._machine.invoke("fence", generation))
+        except MigrationError as error:
+            log.error("the fence could not be asked: %s", error)
+            return None
+
+    def _peer_is_gone(self, error: BaseException) -> bool:
         """Proof that the process at the other end is gone, so that nothing can run there."""
         channel = self._channel
         if channel is None or not channel.eof_means_peer_gone:
@@ -347,8 +352,8 @@ class Outgoing(Handle):
 
     def _next_answer(self, deadline: float) -> tuple[Answer, bytes]:
         assert self._answers is not None
+        self._answers.deadline = deadline
         try:
-            self._answers.wait(deadline)
             return read_answer(self._answers)
         except EndOfStream as error:
             raise EndOfStream(
@@ -395,12 +400,19 @@ class Outgoing(Handle):
         if self._answers is not None:
             with contextlib.suppress(MigrationError):
                 while True:
-                    self._answers.wait(time.monotonic() + 0.1)
                     try:
-                        self._note(*read_answer(self._answers))
+                        self._note(*self._next_answer(time.monotonic() + 0.1))
                     except PeerError as refusal:
                         return refusal
         return error
+
+    def resume_here(self) -> None:
+        """Somebody has made sure that the destination does not run the machine. For Kernel.resolve()."""
+        generation = self._machine.generation + 1
+        if self._ask_fence(generation) is False:
+            raise MachineError("the fence says that the destination has the machine")
+        self._machine.generation = generation
+        self._resume()
 
     def _resume(self) -> None:
         before = self._stopped_from

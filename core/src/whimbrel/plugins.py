@@ -312,21 +312,28 @@ class Plugins:
         return result
 
     def wrap_migration(self, kernel: Any, run: Callable[[], None]) -> None:
-        """Run inside the wrappers. One that fails before the run does not prevent it."""
-        began = False
+        """Run inside the wrappers. Their own failures are logged and change nothing: what this raises is the run's."""
+        failures: list[BaseException | None] = []
 
         def once() -> None:
-            nonlocal began
-            began = True
-            run()
+            failures.append(None)
+            try:
+                run()
+            except BaseException as error:
+                failures[0] = error
+                raise
 
         try:
             self._pm.hook.wrap_migration(kernel=kernel, run=once)
         except Exception:
-            if began:
-                raise
-            log.exception("a wrap_migration hook failed; the migration goes on without it")
+            if not failures or failures[0] is None:
+                log.exception(
+                    "a wrap_migration hook failed; the migration is as it would be without it"
+                )
+        if not failures:
             run()
+        elif failures[0] is not None:
+            raise failures[0]
 
     def _collect(self) -> None:
         self._transports.clear()

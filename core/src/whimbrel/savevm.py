@@ -286,13 +286,12 @@ class SaveDriver:
                 self._full(section_id, handler)
         self.out.flush()
 
-    def eof(self) -> None:
-        """The byte that commits, and the vmdescription behind it."""
-        tail = bytes((ItemType.EOF,))
+    def tail(self) -> bytes:
+        """The byte that commits, and the vmdescription behind it: for the caller to write when the time has come."""
+        eof = bytes((ItemType.EOF,))
         if self.dialect.vmdescription:
-            tail += items.encode_vmdescription(self.vmdescription())
-        self.out.write(tail)
-        self.out.flush()
+            return eof + items.encode_vmdescription(self.vmdescription())
+        return eof
 
     def vmdescription(self) -> bytes:
         for _, handler in self._active:

@@ -114,8 +114,10 @@ class OutStream(_Latched):
     # ---- rate
 
     def start_window(self) -> None:
+        """Begin a new period. What went out beyond the limit in the last one is taken off this one."""
+        excess = self.window_bytes - int(self.limit * self.window_elapsed) if self.limit else 0
         self._window_start = time.monotonic()
-        self._window_base = self.position
+        self._window_base = self.position - max(0, excess)
 
     @property
     def window_bytes(self) -> int:
@@ -147,6 +149,9 @@ class InStream(_Latched):
         self._view = memoryview(self._buffer)
         self._start = self._end = 0
         self._consumed = 0
+        #: Reading raises DeadlineExceeded when nothing came before this time (time.monotonic()); reading may go on
+        #: after that.
+        self.deadline: float | None = None
 
     @property
     def position(self) -> int:
@@ -208,11 +213,6 @@ class InStream(_Latched):
             return True
         return False
 
-    def wait(self, deadline: float | None) -> None:
-        """Return once a byte can be read or the channel has ended. Raises DeadlineExceeded."""
-        if self._end == self._start:
-            self.channel.peek(1, deadline)
-
     def u8(self) -> int:
         return self.read(1)[0]
 
@@ -238,6 +238,9 @@ class InStream(_Latched):
     def _refill(self, need: int) -> None:
         if need > len(self._buffer):
             raise ValueError(f"{need} bytes do not fit the buffer of {len(self._buffer)}")
+        if self.deadline is not None:
+            self.check()
+            self.channel.peek(1, self.deadline)
         with self._latch():
             if self._start == self._end:
                 self._start = self._end = 0

@@ -279,10 +279,8 @@ def walk(device: Device, payload: memoryview | bytes) -> Iterator[Item]:
             expected=f"{device.size} bytes",
             found=len(view),
         )
-    count = 0
-    for item in _walk_vmsd(device, device.vmsd, view, 0, ""):
-        count += 1
-        if count > MAX_ITEMS:
+    for count, item in enumerate(_walk_vmsd(device, device.vmsd, view, 0, "")):
+        if count == MAX_ITEMS:
             raise _error("the section has too many pieces", device.name, expected=MAX_ITEMS)
         yield item
 

@@ -1,0 +1,100 @@
+"""What the ram plugin declares. Light: numpy is imported by the first migration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from whimbrel.errors import PluginError, SettingError
+from whimbrel.hookspecs import hookimpl
+from whimbrel.settings import MIB, SIZE_MAX, Parameter, Type
+from whimbrel_ram import hookspecs
+from whimbrel_ram.block import RAMBlock
+from whimbrel_ram.trackers import AUTO, BUILT_IN, TrackerSpec, choose
+
+if TYPE_CHECKING:
+    from whimbrel.channel import Channel
+    from whimbrel.kernel import Kernel
+    from whimbrel.machine import Machine
+    from whimbrel.savevm import SaveVMHandler
+    from whimbrel.settings import Setting
+    from whimbrel_ram.transport import PageTransport
+
+whimbrel_api = (1, 0)
+whimbrel_sections = ("ram",)
+whimbrel_hookspecs = (hookspecs,)
+
+
+@hookimpl
+def settings() -> list[Setting]:
+    return [
+        Parameter(
+            name="xbzrle-cache-size",
+            type=Type.SIZE,
+            unit="bytes",
+            default=64 * MIB,
+            minimum=4096,
+            maximum=SIZE_MAX,
+            power_of_two=True,
+            help="Size of the cache of sent pages that deltas are taken against",
+        ),
+        Parameter(
+            name="dirty-tracker",
+            type=Type.STR,
+            default=AUTO,
+            help="Who says what the machine has written: auto, "
+            + ", ".join(f"{s.name} ({s.summary})" for s in BUILT_IN)
+            + ", or one that a plugin brings",
+        ),
+    ]
+
+
+@hookimpl
+def dirty_trackers() -> list[TrackerSpec]:
+    return list(BUILT_IN)
+
+
+@hookimpl
+def preflight(kernel: Kernel, uri: str) -> list[str]:
+    """Whether the chosen tracker can watch the machine's memory."""
+    blocks = kernel.machine.parts(RAMBlock) if kernel.machine is not None else []
+    if not blocks:
+        return []
+    try:
+        choose(kernel.settings["dirty-tracker"], _trackers(kernel), blocks)
+    except SettingError as error:
+        return [str(error)]
+    return []
+
+
+@hookimpl
+def savevm_handlers(kernel: Kernel, machine: Machine) -> list[SaveVMHandler]:
+    blocks = machine.parts(RAMBlock)
+    if not blocks:
+        return []
+    from whimbrel_ram.handler import RamHandler
+
+    return [
+        RamHandler(
+            blocks,
+            page_size=1 << machine.target_page_bits,
+            tracker=lambda: str(kernel.settings["dirty-tracker"]),
+            trackers=_trackers(kernel),
+            running=lambda: machine.is_running,
+            find_pages=lambda channel: _page_transport(kernel, channel),
+        )
+    ]
+
+
+def _trackers(kernel: Kernel) -> list[TrackerSpec]:
+    return [spec for _, specs in kernel.plugins.collect("dirty_trackers") for spec in specs or ()]
+
+
+def _page_transport(kernel: Kernel, channel: Channel) -> PageTransport | None:
+    answers = kernel.plugins.each("page_transports", kernel=kernel, channel=channel)
+    found = [(info, pages) for info, pages in answers if pages is not None]
+    if len(found) > 1:
+        raise PluginError(
+            f"the pages are claimed by {' and '.join(info.source for info, _ in found)}",
+            hint="Switch one of their capabilities off, or disable one of the plugins",
+        )
+    return found[0][1] if found else None

@@ -1,0 +1,169 @@
+"""PageTransport: the way by which pages leave and arrive. The RAM handler does not know which one it has.
+
+Records in the stream are the first; several channels, a mapped file, remote DMA or a helper process are others. One is
+found by `channel.extension(PageTransport)`, else by the hook page_transports(), else it is StreamPages. What goes into
+the stream in any case (section framing, the setup record, EOS) stays with the handler.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import attrs
+import numpy as np
+
+from whimbrel_ram.block import RAMBlock
+from whimbrel_ram.codec import Decoder, Encoder, PageFlag, zero_map, zero_map_at
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from whimbrel.savevm import Budget
+    from whimbrel.state import Outcome
+    from whimbrel.stream import InStream, OutStream
+
+
+class Phase(enum.Enum):
+    """Which section item is being written."""
+
+    SETUP = "setup"  # START
+    ITERATE = "iterate"  # PART: the machine runs
+    COMPLETE = "complete"  # END: it stands still
+
+
+@attrs.define(eq=False)
+class SaveBlock:
+    """A block as it is sent."""
+
+    block: RAMBlock
+    #: Position in the setup record, from 0.
+    index: int
+    #: What to send: the block as rows of 8-byte words (a copy of it, with a tracker that compares).
+    words: NDArray[np.uint64]
+    #: Pages known to be zero without looking at them (looking would take memory of the host), or None.
+    untouched: NDArray[np.bool_] | None = None
+
+    @property
+    def idstr(self) -> str:
+        return self.block.idstr
+
+
+@attrs.frozen
+class Sent:
+    """What send() did: pages from the front of its list, and how many of those were zero."""
+
+    pages: int
+    zero: int = 0
+
+
+class PageTransport:
+    """All methods but send() may be left as they are. Errors are raised as MigrationErrors.
+
+    Source, on the migration's thread: begin, then for each PART and for END round_begin, send..., round_end; sync each
+    time that all blocks have been gone through; close once, also after a failure.
+    Destination, on the incoming thread: on_blocks for each setup record, on_record for what the records in the stream do
+    not cover, close once.
+    """
+
+    def begin(self, blocks: Sequence[SaveBlock], out: OutStream) -> None:
+        """The setup record was written, its EOS was not."""
+
+    def round_begin(self, out: OutStream, phase: Phase) -> None:
+        """A section item begins; its header was written."""
+
+    def round_end(self, out: OutStream, phase: Phase) -> None:
+        """It ends: what was sent must be on its way when this returns. The handler writes EOS after it."""
+
+    def send(
+        self, block: SaveBlock, pages: NDArray[np.intp], out: OutStream, budget: Budget
+    ) -> Sent:
+        """Send pages (ascending, at least one) from the front of the list until the budget is spent; at least one.
+
+        The budget counts from this call. Pages may change while they are read: they are sent again then.
+        """
+        raise NotImplementedError
+
+    def sync(self, out: OutStream) -> None:
+        """Every page that was sent before must arrive before any that is sent after (it may be the same page)."""
+
+    def on_blocks(self, blocks: Sequence[RAMBlock]) -> None:
+        """The blocks of a setup record, in its order."""
+
+    def on_record(self, flag: PageFlag, inp: InStream) -> None:
+        """EOS, HOOK or MULTIFD_FLUSH was read from the stream. Raises StreamError for those that it does not know."""
+        if flag is not PageFlag.EOS:
+            raise Decoder.refuse(flag, inp.position - 8)
+
+    def close(self, outcome: Outcome) -> None:
+        """The run is over. Never raises."""
+
+
+class StreamPages(PageTransport):
+    """Records in the stream, in batches: zero pages of a batch first, then the others."""
+
+    #: Pages looked at for zero in one step.
+    _LOOK = 1024
+
+    def __init__(self, page_size: int) -> None:
+        self._encoder = Encoder(page_size)
+        self._look = max(1, self._LOOK * 4096 // page_size)
+
+    def begin(self, blocks: Sequence[SaveBlock], out: OutStream) -> None:
+        self._encoder.restart()
+
+    def send(
+        self, block: SaveBlock, pages: NDArray[np.intp], out: OutStream, budget: Budget
+    ) -> Sent:
+        encoder, idstr = self._encoder, block.block.wire_idstr
+        start = out.position
+        done = zero = 0
+        while done < len(pages):
+            used = out.position - start
+            if done and budget.spent(used):
+                break
+            some = pages[done : done + self._look]
+            if budget.bytes is not None:  # close to the end of a small budget, small steps
+                some = some[: max(1, (budget.bytes - used) // encoder.record + 1)]
+            is_zero = self._zero(block, some)
+            empty = some[is_zero]
+            if len(empty) == len(some):
+                normal = empty[:0]
+            elif len(empty):
+                normal = some[~is_zero]
+            else:
+                normal = some
+            if len(normal) > encoder.batch:  # keep to the step of one send
+                last = normal[encoder.batch - 1]
+                some = some[some <= last]
+                normal, empty = normal[: encoder.batch], empty[empty < last]
+            buffers: list[bytes | bytearray | memoryview] = []
+            if len(empty):
+                buffers += encoder.zeros(idstr, empty)
+            if len(normal):
+                buffers += encoder.pages(idstr, block.words, normal)
+                out.write_all(buffers)
+            else:
+                for buffer in buffers:
+                    out.write(buffer)
+            done += len(some)
+            zero += len(empty)
+        return Sent(done, zero)
+
+    @staticmethod
+    def _zero(block: SaveBlock, pages: NDArray[np.intp]) -> NDArray[np.bool_]:
+        """Which of the pages are zero. Those that were never touched are not looked at."""
+        words, absent = block.words, block.untouched
+        low, high = int(pages[0]), int(pages[-1])
+        whole = high - low == len(pages) - 1
+        if absent is not None:
+            known = absent[low : high + 1] if whole else absent[pages]
+            if known.all():
+                return known
+            if known.any():
+                zero = known.copy()
+                look = np.flatnonzero(~known)
+                zero[look] = zero_map_at(words, pages[look])
+                return zero
+        return zero_map(words[low : high + 1]) if whole else zero_map_at(words, pages)

@@ -1,0 +1,253 @@
+"""Take the migration of a running QEMU (or of any source) and keep the machine as a file.
+
+The file is a stream in one pass, each page once: `migctl send` puts it into a destination, and so does QEMU itself
+with -incoming 'exec:cat FILE'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import attrs
+
+from whimbrel.channel import Channel, Role
+from whimbrel.descriptors import DescriptorChannel
+from whimbrel.errors import ChannelError, LocalError, MigrationError, StreamError
+from whimbrel.kernel import Kernel
+from whimbrel.plugins import Plugins
+from whimbrel.stream import InStream, OutStream
+from whimbrel.wire.format import Command
+from whimbrel.wire.return_path import encode_pong, encode_shut
+from whimbrel_qemu.guest import MAX_RAM, Guest, read_guest, write_guest
+from whimbrel_qemu.progress import Progress
+
+log = logging.getLogger("whimbrel.qemu")
+
+
+@attrs.frozen(kw_only=True)
+class Received:
+    """What was received and kept. Sizes in bytes, seconds from the first byte to the synced file."""
+
+    path: Path
+    machine_type: str
+    ram_bytes: int
+    sections: int
+    #: RunState of the machine before it was stopped; a destination starts it if that was 'running'.
+    run_state: str | None
+    stream_bytes: int
+    file_bytes: int
+    seconds: float
+    #: The source was told that the machine is safe here; False where it left no way to tell.
+    acknowledged: bool
+
+
+class _WayBack:
+    """The answers to a source that asks for some."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._answers: Channel | None = None
+
+    def command(self, command: Command, data: bytes, inp: InStream) -> None:
+        if command is Command.OPEN_RETURN_PATH:
+            self._answers = self._channel.return_path()
+            if self._answers is None:
+                raise StreamError(
+                    f"the source wants answers, but {self._channel.name} has no way back",
+                    offset=inp.position,
+                    hint="Switch the capability return-path off on the source",
+                )
+        elif command is Command.PING:
+            if self._answers is None:
+                raise StreamError("PING without a return path", offset=inp.position)
+            self.pong(struct.unpack(">I", data)[0])
+        elif command is not Command.SWITCHOVER_START:
+            raise StreamError(
+                f"command {command.name} needs a capability that this side does not have",
+                offset=inp.position,
+                hint="Switch that capability off on the source",
+            )
+
+    def pong(self, value: int) -> None:
+        if self._answers is not None:
+            self._answers.send([encode_pong(value)])
+
+    def shut(self, status: int) -> bool:
+        """Tell the source how it ended, if that is possible; whether it was."""
+        if self._answers is None:
+            return False
+        try:
+            self._answers.send([encode_shut(status)])
+        except MigrationError as error:
+            log.info("the source could not be told: %s", error)
+            return False
+        return True
+
+
+def receive(
+    uri: str,
+    path: str | os.PathLike[str],
+    *,
+    force: bool = False,
+    max_ram: int = MAX_RAM,
+    plugins: Plugins | None = None,
+    named_fds: Mapping[str, int] | None = None,
+    on_listening: Callable[[tuple[str, ...]], None] = lambda _: None,
+    progress: Progress | None = None,
+) -> Received:
+    """Listen at uri, take one migration, and keep it in the file.
+
+    force: replace a file that exists. max_ram: bytes of RAM that are accepted. on_listening is told the real addresses, as URIs, once a source can connect.
+    The source gets its acknowledgement after the file has been synced to disk; whatever fails before makes it run on.
+    Until then there is no file of that name, only, while it is being written, one with `.partial` behind the name.
+
+    Raises LocalError, UriError, ChannelError, StreamError, EndOfStream; KeyboardInterrupt leaves nothing behind.
+    """
+    target = Path(path)
+    _check_target(target, force)
+    progress = progress if progress is not None else Progress()
+    kernel = Kernel(plugins=plugins)
+    kernel.named_fds.update(named_fds or {})
+    cancel_fd = os.eventfd(0, os.EFD_CLOEXEC)
+    try:
+        context = kernel.context(Role.DESTINATION, cancel_fd)
+        with kernel.route(uri).listen(context) as listener:
+            progress.begin("waiting for the source")
+            on_listening(listener.addresses)
+            with listener.accept() as channel:
+                return receive_from(
+                    channel, target, force=force, max_ram=max_ram, progress=progress
+                )
+    finally:
+        os.close(cancel_fd)
+
+
+def receive_from(
+    channel: Channel,
+    target: Path,
+    *,
+    force: bool = False,
+    max_ram: int = MAX_RAM,
+    progress: Progress | None = None,
+) -> Received:
+    """As receive(), from a channel that is open already."""
+    progress = progress if progress is not None else Progress()
+    way_back = _WayBack(channel)
+    inp = InStream(channel)
+    began = time.monotonic()
+    loaded = False
+    progress.begin("receiving", lambda: inp.position)
+    try:
+        guest = read_guest(
+            inp, on_command=way_back.command, answer_ping=way_back.pong, max_ram=max_ram
+        )
+        loaded = True
+        file_bytes = _store(guest, target, force, progress)
+    except BaseException as error:
+        told = way_back.shut(1)
+        if loaded and not told and isinstance(error, MigrationError):
+            # Nothing but an answer could have told the source: it is paused, in postmigrate.
+            error.hint = f"{error.hint or ''} The source believes that its machine has moved: 'cont' there lets it run on".strip()
+        raise
+    return Received(
+        path=target,
+        machine_type=guest.configuration.machine_type,
+        ram_bytes=guest.ram_bytes,
+        sections=guest.sections,
+        run_state=guest.run_state,
+        stream_bytes=inp.position,
+        file_bytes=file_bytes,
+        seconds=time.monotonic() - began,
+        acknowledged=way_back.shut(0),
+    )
+
+
+# ---- the file
+
+
+def _check_target(target: Path, force: bool) -> None:
+    """What would fail in the end is said before a source hands over its machine."""
+    if target.is_dir() or not target.name:
+        raise LocalError(f"{target} is a directory", hint="Name a file to write")
+    if target.exists() and not force:
+        raise _exists(target)
+    if not os.access(target.parent, os.W_OK | os.X_OK):
+        reason = "is not writable" if target.parent.is_dir() else "does not exist"
+        raise LocalError(f"the directory {target.parent} {reason}", hint="Name another place")
+
+
+def _exists(target: Path) -> LocalError:
+    return LocalError(f"{target} exists", hint="Name another file, or use --force to replace it")
+
+
+def _store(guest: Guest, target: Path, force: bool, progress: Progress) -> int:
+    """Write, sync, give it its name, sync that; the size in bytes."""
+    with _partial(target) as (fd, partial):
+        # The channel closes what it is given; the descriptor for fsync and lock stays here.
+        with DescriptorChannel(write_fd=os.dup(fd), name=str(partial)) as channel:
+            out = OutStream(channel)
+            progress.begin("writing", lambda: out.position, guest.ram_bytes)
+            write_guest(guest, out)
+            size = out.position
+        progress.begin("syncing")
+        with _naming(target):
+            os.fsync(fd)
+            _rename(partial, target, force)
+            folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    return size
+
+
+@contextlib.contextmanager
+def _partial(target: Path) -> Iterator[tuple[int, Path]]:
+    """A descriptor of FILE.partial, empty and locked; gone at the end unless it has got another name."""
+    partial = target.with_name(target.name + ".partial")
+    with _naming(partial):
+        fd = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise LocalError(
+                f"another program is writing {partial}", hint="Name another file"
+            ) from None
+        try:
+            os.ftruncate(fd, 0)  # what a killed program left
+            yield fd, partial
+        finally:
+            partial.unlink(missing_ok=True)
+    finally:
+        os.close(fd)
+
+
+def _rename(partial: Path, target: Path, force: bool) -> None:
+    if not force:
+        try:
+            os.link(partial, target)  # unlike rename, it replaces nothing
+        except FileExistsError:
+            raise _exists(target) from None
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                raise
+        else:
+            return
+    partial.replace(target)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ChannelError(f"{path}: {error.strerror}", hint="Nothing was kept") from error

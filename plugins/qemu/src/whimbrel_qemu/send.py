@@ -1,0 +1,107 @@
+"""Put a machine that was kept as a file into a destination: QEMU started with -incoming, or an app of ours."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import attrs
+
+from whimbrel.descriptors import DescriptorChannel
+from whimbrel.errors import LocalError
+from whimbrel.kernel import Kernel
+from whimbrel.plugins import Plugins
+from whimbrel.settings import TODAY
+from whimbrel.stream import InStream
+from whimbrel_qemu.guest import STANDS_STILL, Guest, read_guest
+from whimbrel_qemu.progress import Progress
+
+#: The kept machine brings its own globalstate.
+PROFILE = attrs.evolve(TODAY, name="kept", dialect=attrs.evolve(TODAY.dialect, globalstate=False))
+_POLL = 0.2  # seconds between looks at a Ctrl-C while waiting
+
+
+@attrs.frozen(kw_only=True)
+class Sent:
+    """What was sent. Sizes in bytes, seconds from connecting to the end."""
+
+    path: Path
+    uri: str
+    machine_type: str
+    ram_bytes: int
+    run_state: str | None
+    stream_bytes: int
+    seconds: float
+    #: The destination said that it has the machine; False where it had no way to say so.
+    acknowledged: bool
+
+
+def load(path: str | os.PathLike[str], *, progress: Progress | None = None) -> Guest:
+    """The machine in the file. Raises LocalError (no such file), StreamError and EndOfStream with the offset."""
+    progress = progress if progress is not None else Progress()
+    source = Path(path)
+    try:
+        fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise LocalError(
+            f"{source}: {error.strerror}", hint="Name a file that migctl receive has written"
+        ) from error
+    with DescriptorChannel(read_fd=fd, name=str(source)) as channel:
+        inp = InStream(channel)
+        progress.begin("reading", lambda: inp.position, os.fstat(fd).st_size)
+        return read_guest(inp)
+
+
+def send(
+    path: str | os.PathLike[str],
+    uri: str,
+    *,
+    return_path: bool = True,
+    max_bandwidth: int = 0,
+    plugins: Plugins | None = None,
+    named_fds: Mapping[str, int] | None = None,
+    progress: Progress | None = None,
+) -> Sent:
+    """Read the file and migrate what is in it to uri. The file is never changed.
+
+    return_path: ask the destination for an answer, where the transport has a way back. max_bandwidth in bytes per
+    second, 0 is unlimited. Raises as load() and Kernel.migrate(), and what the migration ended with (PeerError,
+    ChannelError, OutcomeUnknown); KeyboardInterrupt cancels it.
+    """
+    progress = progress if progress is not None else Progress()
+    guest = load(path, progress=progress)
+    kernel = Kernel(guest.machine(), profile=PROFILE, plugins=plugins)
+    kernel.named_fds.update(named_fds or {})
+    kernel.settings.update(
+        {
+            "return-path": return_path,
+            "max-bandwidth": max_bandwidth,
+            "dirty-tracker": STANDS_STILL,
+        }
+    )
+    began = time.monotonic()
+    run = kernel.migrate(uri)
+    figures = kernel.state.figures
+    progress.begin("sending", lambda: figures.transferred, guest.ram_bytes)
+    try:
+        while not run.done:
+            try:
+                run.wait(_POLL)
+            except TimeoutError:
+                continue
+    except KeyboardInterrupt:
+        kernel.cancel()
+        raise
+    result = run.wait()
+    return Sent(
+        path=Path(path),
+        uri=uri,
+        machine_type=guest.configuration.machine_type,
+        ram_bytes=guest.ram_bytes,
+        run_state=guest.run_state,
+        stream_bytes=figures.transferred,
+        seconds=time.monotonic() - began,
+        acknowledged=result.acknowledged,
+    )

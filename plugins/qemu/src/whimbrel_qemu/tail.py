@@ -1,0 +1,275 @@
+"""The device sections of somebody else's machine, kept as they came, and where they end.
+
+A device section has no length. Only the vmdescription behind the end of the stream tells how long each one is, and the
+source of a live stream waits for an answer instead of closing the connection. So the end is found while bytes arrive:
+every `00 06 length {` may be the EOF byte and a vmdescription; it is if the text is one and the devices that it lists
+fill the bytes before it exactly, section header and footer of each included.
+
+Nothing is looked at twice: a text contains no NUL, and each candidate begins with one, so that the texts that must be
+looked through are disjoint but for a few bytes.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from whimbrel.errors import DeadlineExceeded, EndOfStream, StreamError
+from whimbrel.savevm import SaveVMHandler, TailTaken
+from whimbrel.stream import InStream, OutStream
+from whimbrel.wire import items
+from whimbrel.wire.format import MAX_VMDESCRIPTION, PING_COMMIT, Command, ItemType
+from whimbrel.wire.items import SectionHeader
+from whimbrel_device import vmdesc
+
+#: Bytes of device sections that are accepted. QEMU's own are below 1 MiB, large ones (a GPU's) some tens of MiB.
+MAX_TAIL = 256 << 20
+#: Seconds of silence within the device sections: the source has stopped its machine and has only to send.
+PATIENCE = 30.0
+#: Seconds without a further byte after which a PING behind a footer is taken for the end of what comes.
+_SILENCE = 0.02
+_CHUNK = 64 << 10
+
+_U32 = struct.Struct(">I")
+_END = bytes((ItemType.EOF, ItemType.VMDESCRIPTION))
+_FOOTER = 5
+_PING = bytes((ItemType.COMMAND,)) + struct.pack(">HH", Command.PING, 4)
+
+
+@attrs.frozen(kw_only=True)
+class Tail:
+    """FULL sections as they are on the wire, without commands, and the text that describes them."""
+
+    sections: bytes
+    vmdescription: bytes
+    description: vmdesc.Description
+
+    @property
+    def run_state(self) -> str | None:
+        """What the section `globalstate` says the machine did before it was stopped; None without that section."""
+        reader = _Walk(memoryview(self.sections))
+        for device in self.description.devices:
+            payload = reader.device(device)
+            if device.name == "globalstate":  # u32 length, then NUL-padded text
+                return bytes(payload[4:]).split(b"\0")[0].decode("ascii", "backslashreplace")
+        return None
+
+
+class _Walk:
+    """Goes through FULL sections by what the description says of them. Raises StreamError where they differ."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        self.position = 0
+        self.commands: list[tuple[int, int]] = []  # (from, to)
+
+    def read(self, n: int) -> bytes:
+        """As whimbrel.wire.items.Reader."""
+        found = bytes(self._data[self.position : self.position + n])
+        if len(found) < n:
+            raise StreamError("the sections are shorter than described", offset=self.position)
+        self.position += n
+        return found
+
+    def device(self, device: vmdesc.Device) -> memoryview:
+        """The payload of the next section, which must be this device's."""
+        self.skip_commands()
+        offset = self.position
+        if self.read(1)[0] != ItemType.SECTION_FULL:
+            raise StreamError("no section begins here", section=device.name, offset=offset)
+        header = items.read_section_header(self, ItemType.SECTION_FULL)
+        if (header.idstr, header.instance_id) != (device.name, device.instance_id):
+            raise StreamError(
+                "another section was described",
+                section=header.idstr,
+                offset=offset,
+                expected=f"{device.name} instance {device.instance_id}",
+                found=f"{header.idstr} instance {header.instance_id}",
+            )
+        start = self.position
+        self.position += device.payload_size(self._data[start:])
+        payload = self._data[start : self.position]
+        items.read_footer(self, header)
+        return payload
+
+    def skip_commands(self) -> None:
+        while self._data[self.position : self.position + 1] == bytes((ItemType.COMMAND,)):
+            start = self.position
+            self.position += 1
+            command, _ = items.read_command(self)
+            if command is not Command.PING:
+                raise StreamError(f"{command.name} among the device sections", offset=start)
+            self.commands.append((start, self.position))
+
+
+class TailReader:
+    """Takes bytes as they arrive, the header of the first FULL section in front, until `tail` is there. Sans-I/O."""
+
+    def __init__(self, base: int = 0) -> None:
+        """base: the offset in the stream of the first byte, for messages."""
+        self.tail: Tail | None = None
+        #: Bytes that came behind the vmdescription.
+        self.surplus = 0
+        #: Why the last vmdescription that was found is not the end, or None.
+        self.rejected: StreamError | None = None
+        self._base = base
+        self._data = bytearray()
+        self._scanned = 0  # no candidate begins before this
+        self._text_scanned = 0  # no NUL in the text of the present candidate before this
+        self._answered = 0  # where the last PING that was answered ends
+
+    @property
+    def position(self) -> int:
+        """The offset in the stream behind the last byte taken."""
+        return self._base + len(self._data)
+
+    def feed(self, chunk: bytes | memoryview) -> None:
+        """Take what arrived. Raises StreamError when it becomes too much."""
+        if len(self._data) + len(chunk) > MAX_TAIL + MAX_VMDESCRIPTION:
+            raise StreamError(
+                "the device sections are too long",
+                offset=self._base,
+                expected=f"at most {MAX_TAIL} bytes",
+            )
+        self._data += chunk
+        while self.tail is None and self._next_candidate():
+            pass
+
+    def _next_candidate(self) -> bool:
+        """Look at the candidate at or behind `_scanned`; False when more bytes must come first."""
+        data = self._data
+        at = data.find(_END, self._scanned)
+        if at < 0:
+            self._scanned = max(self._scanned, len(data) - 1)
+            return False
+        self._scanned = at
+        text_at = at + len(_END) + _U32.size
+        if len(data) <= text_at:
+            return False
+        (length,) = _U32.unpack_from(data, at + len(_END))
+        end = text_at + length
+        if not 0 < length <= MAX_VMDESCRIPTION or data[text_at] != ord("{"):
+            return self._dismiss()
+        if data.find(0, max(text_at, self._text_scanned), end) >= 0:
+            return self._dismiss()
+        self._text_scanned = min(end, len(data))
+        if len(data) < end:
+            return False
+        try:
+            self._accept(at, bytes(data[text_at:end]))
+        except StreamError as error:
+            self.rejected = error
+            return self._dismiss()
+        self.surplus = len(data) - end
+        return False
+
+    def _dismiss(self) -> bool:
+        self._scanned += 1
+        self._text_scanned = 0
+        return True
+
+    def _accept(self, at: int, text: bytes) -> None:
+        description = vmdesc.parse(text)
+        with memoryview(self._data) as whole, whole[:at] as before:
+            walk = _Walk(before)
+            for device in description.devices:
+                walk.device(device).release()
+            walk.skip_commands()
+            if walk.position != at:
+                raise StreamError(
+                    "there are more sections than described", offset=self._base + walk.position
+                )
+            kept, start = bytearray(), 0
+            for command, behind in walk.commands:
+                kept += before[start:command]
+                start = behind
+            kept += before[start:]
+        self.tail = Tail(sections=bytes(kept), vmdescription=text, description=description)
+
+    def commit_ping(self) -> int | None:
+        """The value of a PING that asks whether everything so far has been loaded, if what has arrived ends with one."""
+        start = len(self._data) - len(_PING) - _U32.size
+        footer = start - _FOOTER
+        if footer < self._answered or self._data[start : start + len(_PING)] != _PING:
+            return None
+        (value,) = _U32.unpack_from(self._data, start + len(_PING))
+        if self._data[footer] != ItemType.FOOTER or not value & PING_COMMIT:
+            return None
+        return int(value)
+
+    def ping_answered(self) -> None:
+        """The same PING is not to be answered twice."""
+        self._answered = len(self._data)
+
+
+class ForeignTail(SaveVMHandler):
+    """Everything from the first FULL section to the end of the stream, of a machine that this side does not know.
+
+    Loading takes it and raises TailTaken; saving writes it back unchanged, and brings its own vmdescription.
+    """
+
+    idstr = "(foreign devices)"
+    version_id = 0xFFFFFFFF
+    minimum_version_id = 0
+    verbatim = True
+
+    def __init__(
+        self, tail: Tail | None = None, *, answer_ping: Callable[[int], None] | None = None
+    ) -> None:
+        """answer_ping: called with the value of a PING that the source waits for; it sends the PONG."""
+        self.tail = tail
+        self._answer_ping = answer_ping
+
+    @property
+    def vmdescription(self) -> bytes | None:
+        return self.tail.vmdescription if self.tail is not None else None
+
+    def save(self, out: OutStream) -> None:
+        if self.tail is not None:
+            out.write(self.tail.sections)
+
+    def load(self, inp: InStream, header: SectionHeader) -> None:
+        first = items.encode_section_header(header)
+        reader = TailReader(inp.position - len(first))
+        reader.feed(first)
+        try:
+            while reader.tail is None:
+                if not inp.buffered():
+                    inp.channel.peek(_CHUNK, time.monotonic() + PATIENCE)
+                chunk = inp.buffered(1)
+                n = len(chunk)
+                reader.feed(chunk)
+                inp.consume(n)
+                self._look_for_ping(reader, inp)
+        except EndOfStream as error:
+            raise self._no_end(reader, "the stream ended") from error
+        except DeadlineExceeded as error:
+            raise self._no_end(reader, f"nothing came for {PATIENCE:.0f} s") from error
+        self.tail = reader.tail
+        raise TailTaken
+
+    def _look_for_ping(self, reader: TailReader, inp: InStream) -> None:
+        value = reader.commit_ping()
+        if value is None or self._answer_ping is None:
+            return
+        try:
+            inp.channel.peek(_CHUNK, time.monotonic() + _SILENCE)
+        except DeadlineExceeded:  # the source waits for us: so it was no chance
+            self._answer_ping(value)
+            reader.ping_answered()
+
+    def _no_end(self, reader: TailReader, what: str) -> StreamError:
+        facts: dict[str, Any] = {}
+        if reader.rejected is not None:
+            facts["found"] = f"one that does not fit: {reader.rejected}"
+        return StreamError(
+            f"{what} before a vmdescription that fits the device sections",
+            offset=reader.position,
+            hint="The source broke off, or its machine sends no vmdescription (suppress-vmdesc=on, or older than"
+            " pc-i440fx-2.3): such device sections cannot be told apart",
+            **facts,
+        )

@@ -27,7 +27,8 @@ lint: setup
 bench: setup  ## our speed beside QEMU's and beside a raw socket copy
 	$(BIN)/python benchmarks/ram.py $(ARGS)
 
-docs: setup  ## the examples in the docs are run as tests
+docs: setup  ## write the generated pages, and run the examples in the docs as tests
+	$(BIN)/python tools/reference.py
 	$(BIN)/python -m pytest tests/docs $(ARGS)
 
 clean:

@@ -1,0 +1,195 @@
+"""Writes those pages of docs/reference that say what the code declares: URIs, settings and states.
+
+    python tools/reference.py [--check]      --check: write nothing, exit with 1 when a page is not current
+
+Only this repository's own distributions are looked at, whatever else is installed.
+"""
+
+import sys
+import tomllib
+from pathlib import Path
+
+from whimbrel import Capability, Kernel, Parameter, PluginInfo, Plugins, Type
+from whimbrel.settings import KERNEL_SETTINGS, MIB, PROFILE_2013, SIZE_MAX, TODAY, Profile, Setting
+from whimbrel.state import diagram
+
+ROOT = Path(__file__).parents[1]
+NOTE = "<!-- written by tools/reference.py: do not edit -->\n"
+
+
+def own(info: PluginInfo) -> bool:
+    return info.distribution in OWN
+
+
+OWN = {
+    tomllib.loads(path.read_text())["project"]["name"]
+    for path in ROOT.glob("plugins/*/pyproject.toml")
+}
+
+
+def table(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+    lines = [headings, tuple("---" for _ in headings), *rows]
+    return "".join(
+        f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n" for line in lines
+    )
+
+
+def code(text: str) -> str:
+    return f"`{text}`" if text else ""
+
+
+# ---- settings
+
+
+def show(setting: Setting, value: object) -> str:
+    """A value as a user would write it."""
+    if isinstance(setting, Capability):
+        return "on" if value else "off"
+    assert isinstance(setting, Parameter)
+    if setting.type is Type.SIZE and isinstance(value, int) and value and value % MIB == 0:
+        return f"{value // MIB}MiB" + ("/s" if setting.unit.endswith("/s") else "")
+    return f"{value}{' ' + setting.unit if setting.unit and value != '' else ''}"
+
+
+def default(setting: Setting, profile: Profile) -> str:
+    return show(setting, profile.values.get(setting.name, setting.default))  # type: ignore[attr-defined]
+
+
+def allowed(setting: Setting) -> str:
+    if isinstance(setting, Capability):
+        return "on, off"
+    assert isinstance(setting, Parameter)
+    if setting.choices:
+        return ", ".join(setting.choices)
+    if setting.type is Type.BOOL:
+        return "on, off"
+    if setting.minimum is None and setting.maximum is None:
+        return setting.type.value
+    low = "" if setting.minimum is None else f"{setting.minimum:.0f}"
+    unbounded = setting.maximum is None or setting.maximum >= SIZE_MAX
+    text = f"{low} or more" if unbounded else f"{low} to {setting.maximum:.0f}"
+    return text + (", a power of two" if setting.power_of_two else "")
+
+
+def remarks(setting: Setting) -> str:
+    parts = [setting.help + ("" if setting.help.endswith(".") else ".")]
+    if setting.aliases:
+        parts.append(f"Also called {', '.join(map(code, setting.aliases))}.")
+    if setting.requires:
+        parts.append(f"Requires {', '.join(map(code, setting.requires))}.")
+    if setting.conflicts:
+        parts.append(f"Excludes {', '.join(map(code, setting.conflicts))}.")
+    return " ".join(parts)
+
+
+def settings_table(settings: tuple[Setting, ...]) -> str:
+    rows = [
+        (
+            code(s.name),
+            "capability" if isinstance(s, Capability) else "parameter",
+            default(s, TODAY),
+            default(s, PROFILE_2013),
+            allowed(s),
+            s.side.value,
+            s.when.value,
+            remarks(s),
+        )
+        for s in settings
+    ]
+    headings = ("name", "kind", "default", "2013", "allowed", "side", "may change", "meaning")
+    return table(headings, rows)
+
+
+def settings_page(plugins: Plugins) -> str:
+    parts = [
+        "# Settings\n",
+        NOTE,
+        (
+            "`kernel.settings[name] = value`, or `kernel.settings.update({...})` for several at once: all or none. Texts"
+            " are understood: `500MiB/s`, `64M`, `300ms`, `0.3s`, `on`. Units are powers of 1024.\n"
+        ),
+        (
+            'The column 2013 holds the defaults of `Kernel(profile="2013")`, which are those of QEMU 1.7. Side: who needs'
+            " the setting; `both` must set it alike. `idle`: not while a migration runs.\n"
+        ),
+        "## whimbrel-core\n",
+        settings_table(KERNEL_SETTINGS),
+    ]
+    for info, declared in plugins.settings():
+        if own(info) and declared:
+            parts += [f"## {info.distribution}\n", settings_table(tuple(declared))]
+    return "\n".join(parts)
+
+
+# ---- URIs
+
+
+def uris_page(plugins: Plugins) -> str:
+    rows = [
+        (", ".join(map(code, spec.syntax.split(", "))), info.distribution, spec.summary)
+        for spec, info in sorted(plugins._transports.values(), key=lambda pair: pair[0].schemes)
+        if own(info)
+    ]
+    filters = [
+        (code(f"{spec.name}::URI"), info.distribution, spec.summary)
+        for spec, info in sorted(plugins._filters.values(), key=lambda pair: pair[0].name)
+        if own(info)
+    ]
+    parts = [
+        "# URIs\n",
+        NOTE,
+        (
+            "`[FILTER::]...SCHEME:REST`. What follows the scheme is for its transport to understand. Only the name of a"
+            " registered filter consumes `::`, so `tcp::4444` and `exec:a::b` mean what they always meant. `migctl --plugins`"
+            " lists the schemes that are installed.\n"
+        ),
+        table(("transport", "distribution", ""), list(dict.fromkeys(rows))),
+    ]
+    if filters:
+        parts.append(table(("filter", "distribution", ""), filters))
+    return "\n".join(parts)
+
+
+def states_page() -> str:
+    return "\n".join(
+        [
+            "# States\n",
+            NOTE,
+            (
+                "The states of a migration, in QEMU's words; both sides use the same table. A change that the table does not"
+                " have is an error. `completed`, `failed` and `cancelled` are final until the next migration.\n"
+            ),
+            f"```mermaid\n{diagram()}\n```\n",
+            (
+                "How a finished migration ended, for the question who may run the machine, is its *outcome*: `completed`,"
+                " `failed`, `cancelled`, or `unknown` when the link was lost after the [point of no"
+                " return](../explanation/promise.md).\n"
+            ),
+        ]
+    )
+
+
+def main() -> int:
+    plugins = Plugins.load()
+    broken = [i for i in plugins.infos() if own(i) and i.state in ("broken", "conflict")]
+    Kernel(plugins=plugins)  # refuses settings that are declared twice
+    pages = {
+        "uris.md": uris_page(plugins),
+        "settings.md": settings_page(plugins),
+        "states.md": states_page(),
+    }
+    stale = []
+    for name, text in pages.items():
+        path = ROOT / "docs" / "reference" / name
+        if not path.exists() or path.read_text() != text:
+            stale.append(name)
+            if "--check" not in sys.argv:
+                path.write_text(text)
+    if stale and "--check" in sys.argv:
+        print(f"{', '.join(stale)}: not current; run `make docs`", file=sys.stderr)
+        return 1
+    return bool(broken)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -57,9 +57,15 @@ def _table(infos: Sequence[PluginInfo]) -> RenderableType:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    longest = max((len(name) for info in infos for name in info.settings), default=0)
     for heading in ("kind", "name", "provides", "distribution", "settings", "state"):
-        table.add_column(heading, overflow="fold")
+        # Where it is narrow, the lists go over several lines before anything else does.
+        lists = heading in ("provides", "settings")
+        width = min(longest, 18) if heading == "settings" else 0
+        table.add_column(
+            heading, overflow="fold", no_wrap=not lists, min_width=max(width, len(heading))
+        )
     for info in infos:
         table.add_row(
             info.kind,

@@ -74,7 +74,12 @@ def test_the_proof_of_a_running_machine_leaves_it_running(stress):
 
 def test_stop_leaves_it_truly_still(stress):
     worked(stress)
-    seen = stress.clock.last_ns, stress.work.batches, stress.log.read_bytes(), stress.views[0].copy()
+    seen = (
+        stress.clock.last_ns,
+        stress.work.batches,
+        stress.log.read_bytes(),
+        stress.views[0].copy(),
+    )
     assert not any(t.name == "stress machine" for t in threading.enumerate())
     assert not stress.is_running
     assert (stress.views[0] == seen[3]).all()
@@ -104,8 +109,9 @@ def test_the_felt_downtime_is_the_gap_between_two_ticks(stress):
 def test_a_lost_write_is_found(stress):
     page = written_page(stress)
     stress.views[0][page] = 0
-    assert f"page {page} of block stress.ram: holds zeros, but its last write is #{page:,}" in faults(
-        stress
+    assert (
+        f"page {page} of block stress.ram: holds zeros, but its last write is #{page:,}"
+        in faults(stress)
     )
 
 
@@ -117,15 +123,18 @@ def test_a_stale_page_is_found(stress):
     stress.views[0][page] = old[page]
     number = int(stress.sequence.writers(old[page])[0])
     text = faults(stress)
-    assert f"page {page} of block stress.ram: holds write #{number:,}, but its last write is #" in text
+    assert (
+        f"page {page} of block stress.ram: holds write #{number:,}, but its last write is #" in text
+    )
     assert "the write is lost" in text
 
 
 def test_a_torn_page_is_found_with_the_place_of_the_tear(stress):
     page = written_page(stress)
     stress.views[0][page, 300:] = stress.views[0][page + 1, 300:]
-    assert f"page {page} of block stress.ram: torn: words 0-299 of write #{page:,}; words 300-511 of" in (
-        faults(stress)
+    assert (
+        f"page {page} of block stress.ram: torn: words 0-299 of write #{page:,}; words 300-511 of"
+        in (faults(stress))
     )
 
 
@@ -275,7 +284,9 @@ def test_a_second_copy_is_not_started(tmp_path):
     )
     one.start()
     try:
-        with pytest.raises(LeaseViolation, match=r"destination-.* starts .* while source-.* runs it"):
+        with pytest.raises(
+            LeaseViolation, match=r"destination-.* starts .* while source-.* runs it"
+        ):
             two.start()
         assert not two.is_running
     finally:

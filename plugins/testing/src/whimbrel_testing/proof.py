@@ -7,6 +7,7 @@ the serial log line by line. Each fault says where it is and what it must be.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator
 
 import attrs
@@ -120,7 +121,7 @@ def _runs(sequence: Sequence, page: U64) -> Iterator[tuple[int, int, int | None]
     zero = page == 0
     same = (writers[1:] == writers[:-1]) & ~zero[1:] & ~zero[:-1] | (zero[1:] & zero[:-1])
     edges = [0, *(np.flatnonzero(~same) + 1).tolist(), WORDS]
-    for a, b in zip(edges, edges[1:], strict=False):
+    for a, b in itertools.pairwise(edges):
         yield a, b, None if zero[a] else int(writers[a])
 
 
@@ -146,7 +147,9 @@ class Line:
     CHAIN_DIGITS = 16
 
     def encode(self) -> bytes:
-        return f"{self.number} {self.monotonic_ns} {self.batches} {self.chain} {self.pid}\n".encode()
+        return (
+            f"{self.number} {self.monotonic_ns} {self.batches} {self.chain} {self.pid}\n".encode()
+        )
 
     @classmethod
     def decode(cls, line: bytes) -> Line:

@@ -23,8 +23,27 @@ from whimbrel import Machine, RunState
 from whimbrel_device import buffer, device, u64
 from whimbrel_ram import RAMBlock
 from whimbrel_testing.lease import Lease
-from whimbrel_testing.proof import Line, Proof, add_line, check_log, check_ram, read_lines, replay, told
-from whimbrel_testing.sequence import BATCH, BATCH_BYTES, PAGE, U64, WORDS, Chain, Region, Sequence, check_sums
+from whimbrel_testing.proof import (
+    Line,
+    Proof,
+    add_line,
+    check_log,
+    check_ram,
+    read_lines,
+    replay,
+    told,
+)
+from whimbrel_testing.sequence import (
+    BATCH,
+    BATCH_BYTES,
+    PAGE,
+    U64,
+    WORDS,
+    Chain,
+    Region,
+    Sequence,
+    check_sums,
+)
 
 MIB = 1 << 20
 #: Most seconds of its rate that a machine that was held up makes good for.
@@ -109,6 +128,7 @@ class StressMachine:
         *,
         log: str | Path | None = None,
         lease: Lease | None = None,
+        fence: bool = False,
         run_state: RunState = RunState.PRELAUNCH,
     ) -> None:
         self.config = config
@@ -120,7 +140,7 @@ class StressMachine:
             stop=self.stop,
             start=self.start,
             throttle=self.throttle,
-            fence=None if lease is None else lease.fence,
+            fence=lease.fence if lease is not None and fence else None,
         )
         self.sequence = config.sequence()
         self.blocks = (

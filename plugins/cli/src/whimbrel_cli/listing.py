@@ -58,21 +58,17 @@ def _table(infos: Sequence[PluginInfo]) -> RenderableType:
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    longest = max((len(name) for info in infos for name in info.settings), default=0)
     for heading in ("kind", "name", "provides", "distribution", "settings", "state"):
-        # Where it is narrow, the lists go over several lines before anything else does.
+        # Where it is narrow, the lists give way before anything else does.
         lists = heading in ("provides", "settings")
-        width = min(longest, 18) if heading == "settings" else 0
-        table.add_column(
-            heading, overflow="fold", no_wrap=not lists, min_width=max(width, len(heading))
-        )
+        table.add_column(heading, overflow="fold", no_wrap=not lists)
     for info in infos:
         table.add_row(
             info.kind,
             info.name,
-            Text(" ".join(info.provides) or "-"),
+            Text("\n".join(info.provides) or "-"),
             Text(f"{info.distribution} {info.version}"),
-            Text(" ".join(info.settings) or "-"),
+            Text("\n".join(info.settings) or "-"),
             Text(info.state, style=_colour(info)),
         )
     return table

@@ -34,9 +34,7 @@ def runs_on(side):
 
 
 def test_shut_0_completes(world, source):
-    peer = ScriptedDestination(
-        world.transport.peer(), on_ping=answer_pong, on_eof=answer_shut(0)
-    )
+    peer = ScriptedDestination(world.transport.peer(), on_ping=answer_pong, on_eof=answer_shut(0))
     result = source.kernel.migrate("pair:").wait(5)
     assert result.acknowledged
     assert peer.got_eof.is_set()
@@ -60,7 +58,10 @@ def test_eof_is_held_back_until_the_pong(world, source):
         ({"on_ping": lambda s, v: s.sendall(encode_shut(0))}, MigrationError),
         ({"on_ping": lambda s, v: s.sendall(b"\x00\x63\x00\x00")}, MigrationError),
         ({"on_ping": lambda s, v: s.sendall(b"\x00\x01\xff\xff")}, MigrationError),
-        ({"on_ping": lambda s, v: s.sendall(b"\x00")}, MigrationError),  # half an answer, then silence
+        (
+            {"on_ping": lambda s, v: s.sendall(b"\x00")},
+            MigrationError,
+        ),  # half an answer, then silence
         ({"on_ping": answer_pong, "on_eof": answer_shut(1)}, PeerError),
         ({"on_ping": answer_pong, "on_eof": hang_up}, EndOfStream),  # its process is gone
     ],

@@ -4,9 +4,10 @@ import asyncio
 import threading
 
 import pytest
-from .conftest import Live, Number
 
 from whimbrel import MachineError, Outcome, RunState, Status, What
+
+from .conftest import Live, Number
 
 
 def migrate(world, source, destination, **options):

@@ -130,7 +130,11 @@ def test_preflight_collects_all_reasons_of_all_plugins(world, side):
     world.plugins.register(Careful("no time"), "two")
     with pytest.raises(BlockedError) as caught:
         side.kernel.migrate("pair:")
-    assert sorted(caught.value.reasons) == ["no disk for pair:", "no net for pair:", "no time for pair:"]
+    assert sorted(caught.value.reasons) == [
+        "no disk for pair:",
+        "no net for pair:",
+        "no time for pair:",
+    ]
 
 
 def test_two_claims_on_one_section_are_refused(world, side):

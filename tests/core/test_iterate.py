@@ -1,0 +1,124 @@
+"""When the source iterates, when it switches over, and the figures that decide it."""
+
+import pytest
+
+from whimbrel import OutStream, Plugins
+from whimbrel.channel import MemoryChannel
+from whimbrel.outgoing import Outgoing
+
+from .conftest import Live, Number, ScriptedDestination, answer_pong, answer_shut
+
+
+class Clock:
+    """time.monotonic() as a test wants it."""
+
+    def __init__(self, monkeypatch):
+        self.now = 1000.0
+        monkeypatch.setattr("whimbrel.stream.time.monotonic", lambda: self.now)
+
+    def __iadd__(self, seconds):
+        self.now += seconds
+        return self
+
+
+@pytest.fixture
+def run(world, monkeypatch):
+    """An Outgoing that is not started, with a stream into memory and a clock that stands still."""
+    clock = Clock(monkeypatch)
+    side = world.side(Number("a"))
+    side.kernel.settings["max-bandwidth"] = 0
+    run = Outgoing(side.kernel, side.kernel.route("pair:"), [])
+    run._out = OutStream(MemoryChannel())
+    run.clock = clock
+    run._out.start_window()
+    return run
+
+
+def test_threshold_is_bandwidth_times_what_is_left_of_the_limit(run):
+    run._round_trip, run._scan_time = 0.02, 0.01
+    run._out.write(bytes(1_000_000))
+    run.clock += 0.1
+    run._close_window()
+    figures = run._figures
+    assert figures.bandwidth == pytest.approx(10_000_000)
+    assert figures.mbps == pytest.approx(80)
+    assert figures.threshold == pytest.approx(10_000_000 * (0.3 - 0.01 - 2 * 0.02))
+
+
+def test_an_overhead_above_the_limit_leaves_nothing(run):
+    run._round_trip = 1.0
+    run._out.write(bytes(1_000_000))
+    run.clock += 0.1
+    run._close_window()
+    assert run._figures.threshold == 0
+
+
+def test_a_stalled_window_divides_nothing_by_zero(run):
+    run._dirty_rate = 1e6
+    run._figures.expected_downtime = 0.3
+    run.clock += 0.1
+    run._close_window()
+    assert run._figures.bandwidth == 0
+    assert run._figures.threshold == 0
+    assert run._figures.expected_downtime == 0.3
+
+
+@pytest.mark.parametrize(
+    ("moved", "rate", "expected"), [(10_000, 1e6, 0.3), (10_001, 1e6, None), (10_001, None, 0.3)]
+)
+def test_expected_downtime_needs_a_known_rate_and_a_significant_window(run, moved, rate, expected):
+    run._figures.expected_downtime = 0.3
+    run._dirty_rate = rate
+    run._out.write(bytes(moved))
+    run.clock += 0.1
+    run._close_window()
+    assert run._figures.expected_downtime == pytest.approx(expected or 1e6 / 100_010)
+
+
+def test_mbps_is_minus_1_before_the_first_window(run):
+    assert run._figures.mbps == -1
+
+
+# ---- the whole loop
+
+
+def peer(world):
+    return ScriptedDestination(world.transport.peer(), on_ping=answer_pong, on_eof=answer_shut(0))
+
+
+def test_nothing_pending_switches_at_once(world):
+    side = world.side(live := Live(0))
+    peer(world)
+    side.kernel.migrate("pair:").wait(5)
+    assert live.looks == 2  # one that found nothing, and the last with the machine stopped
+
+
+def test_it_iterates_until_a_look_finds_nothing_while_the_threshold_is_0(world):
+    """Everything is over before the first window closes, so the threshold stays 0 and each look must be answered."""
+    side = world.side(live := Live(1000, dirtied=[500, 200, 0, 40]))
+    side.kernel.settings["max-bandwidth"] = 0
+    peer(world)
+    result = side.kernel.migrate("pair:").wait(5)
+    assert live.looks == 4  # the last one with the machine stopped
+    assert live.left == 0
+    assert result.figures.expected_downtime == pytest.approx(0.3)
+
+
+def test_a_limit_holds_over_several_windows(monkeypatch):
+    """What went out beyond the limit in one window is taken off the next."""
+    clock = Clock(monkeypatch)
+    out = OutStream(MemoryChannel(), limit=1_000_000)
+    out.start_window()
+    out.write(bytes(250_000))
+    assert out.rate_limited
+    for left in (0, 50_000, 100_000):
+        clock += 0.1
+        out.start_window()
+        assert out.window_left == left
+    out.limit = 0
+    assert out.window_left is None
+    assert not out.rate_limited
+
+
+def test_plugins_are_optional(world):
+    assert Plugins.load(entry_points=[]).schemes == ()

@@ -193,9 +193,10 @@ class Decoder:
     of it. Every offset is checked before it is used.
     """
 
-    #: Equal records in a row before a run is guessed, and the length of the first guess.
+    #: Equal records in a row before a run is guessed, the length of the first guess, and of the longest.
     _STREAK = 4
     _GUESS = 16
+    _LONGEST = 8192
 
     def __init__(self, page_size: int, find: Callable[[str], Target | None]) -> None:
         self.page_size = page_size
@@ -213,7 +214,7 @@ class Decoder:
         self._kind = -1  # what the last record was, and how many like it came in a row
         self._streak = 0
         self._guess = self._GUESS
-        self._steps = np.arange(SEND_BYTES // 9 + 1, dtype=np.uint64) * np.uint64(page_size)
+        self._steps = np.arange(self._LONGEST, dtype=np.uint64) * np.uint64(page_size)
 
     def restart(self) -> None:
         """Forget the blocks: the list of them has changed."""

@@ -40,7 +40,7 @@ _RUN_ON = 0.5  # seconds that the machine runs at the destination before it is c
 _WIDTH = 80
 
 
-class _Size(click.ParamType):
+class _Size(click.ParamType[int]):
     name = "size"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
@@ -50,7 +50,7 @@ class _Size(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-class _Duration(click.ParamType):
+class _Duration(click.ParamType[int]):
     name = "time"
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
@@ -90,14 +90,16 @@ def wiring(uri: str, incoming: str | None) -> Iterator[Wiring]:
             shutil.rmtree(directory)
     elif uri == "fd:":
         ours, theirs = socket.socketpair()
-        with ours, theirs:
+        with contextlib.ExitStack() as both:
+            both.enter_context(ours)
+            both.enter_context(theirs)
             one, other = ours.fileno(), theirs.fileno()
             yield Wiring(
                 listen=f"fd:{other}",
                 connect=f"fd:{one}",
                 source_fds=(one,),
                 destination_fds=(other,),
-                handed_over=lambda: (ours.close(), theirs.close()),
+                handed_over=both.close,
             )
     elif uri.startswith(("exec:", "fd:")):
         raise click.UsageError(

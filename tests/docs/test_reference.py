@@ -7,13 +7,15 @@ import sys
 
 import pytest
 
-from whimbrel import hookspecs
+import whimbrel.hookspecs
+import whimbrel_ram.hookspecs
 
-HOOKS = [
-    name
-    for name, function in vars(hookspecs).items()
+HOOKS = {
+    name: function
+    for module in (whimbrel.hookspecs, whimbrel_ram.hookspecs)
+    for name, function in vars(module).items()
     if inspect.isfunction(function) and hasattr(function, "whimbrel_spec")
-]
+}
 
 
 def test_the_generated_pages_are_current(root):
@@ -30,7 +32,7 @@ def test_the_generated_pages_are_current(root):
 @pytest.mark.parametrize("hook", HOOKS)
 def test_each_hook_has_a_page_with_its_signature_and_an_example(root, hook):
     text = (root / "docs" / "reference" / "hooks" / f"{hook}.md").read_text()
-    parameters = ", ".join(inspect.signature(getattr(hookspecs, hook)).parameters)
+    parameters = ", ".join(inspect.signature(HOOKS[hook]).parameters)
     assert f"    {hook}({parameters})" in text
     assert "## When it is called" in text
     assert "## What None means" in text

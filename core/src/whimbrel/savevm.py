@@ -442,6 +442,8 @@ class LoadDriver:
     def _payload(self, inp: InStream, header: SectionHeader, handler: SaveVMHandler) -> bool:
         try:
             handler.load(inp, header)
+            if self.dialect.footers:
+                items.read_footer(inp, header)
         except TailTaken:
             self.status.tail_taken = self.status.eof = True
             return True
@@ -454,8 +456,6 @@ class LoadDriver:
                 section=header.idstr,
                 offset=inp.position,
             ) from error
-        if self.dialect.footers:
-            items.read_footer(inp, header)
         return False
 
     # ---- checks

@@ -4,8 +4,7 @@ import json
 import struct
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from whimbrel.channel import MemoryChannel
 from whimbrel.errors import StreamError

@@ -11,27 +11,28 @@ from typing import TYPE_CHECKING, Any
 _WHERE = {
     "guest": ("Guest", "read_guest", "write_guest"),
     "progress": ("Progress",),
-    "receive": ("Received", "receive"),
-    "send": ("Sent", "load", "send"),
+    "receiving": ("Received", "receive"),
+    "sending": ("Sent", "load", "send"),
     "tail": ("ForeignTail", "Tail", "TailReader"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605
 
 if TYPE_CHECKING:
-    from whimbrel_qemu.guest import (
-        Guest as Guest,
-        read_guest as read_guest,
-        write_guest as write_guest,
-    )
-    from whimbrel_qemu.progress import Progress as Progress
-    from whimbrel_qemu.receive import Received as Received, receive as receive
-    from whimbrel_qemu.send import Sent as Sent, load as load, send as send
-    from whimbrel_qemu.tail import (
-        ForeignTail as ForeignTail,
-        Tail as Tail,
-        TailReader as TailReader,
-    )
+    from whimbrel_qemu import guest, progress, receiving, sending, tail
+
+    Guest = guest.Guest
+    read_guest = guest.read_guest
+    write_guest = guest.write_guest
+    Progress = progress.Progress
+    Received = receiving.Received
+    receive = receiving.receive
+    Sent = sending.Sent
+    load = sending.load
+    send = sending.send
+    ForeignTail = tail.ForeignTail
+    Tail = tail.Tail
+    TailReader = tail.TailReader
 
 
 def __getattr__(name: str) -> Any:

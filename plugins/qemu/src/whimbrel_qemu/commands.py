@@ -164,7 +164,7 @@ def receive(uri: str, file: Path, force: bool, max_ram: int | None, as_json: boo
     """
     from whimbrel_qemu.guest import MAX_RAM
     from whimbrel_qemu.progress import Progress
-    from whimbrel_qemu.receive import receive as run
+    from whimbrel_qemu.receiving import receive as run
 
     def listening(addresses: tuple[str, ...]) -> None:
         if as_json:
@@ -234,7 +234,7 @@ def send(file: Path, uri: str, return_path: bool, bandwidth: int, as_json: bool)
     run two copies of a machine that shares a disk or a network.
     """
     from whimbrel_qemu.progress import Progress
-    from whimbrel_qemu.send import send as run
+    from whimbrel_qemu.sending import send as run
 
     progress = Progress()
     with _terminated_as_interrupted(), _error_told_once(), _shown(progress):

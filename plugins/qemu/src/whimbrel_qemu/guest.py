@@ -32,6 +32,9 @@ _LIVE = {
     "dirty-bitmap": "Switch the capability dirty-bitmaps off on the source",
 }
 
+#: Offset of what follows magic number and version.
+_CONFIGURATION_AT = 8
+
 OnCommand = Callable[[Command, bytes, InStream], None]
 
 
@@ -137,6 +140,13 @@ def read_guest(
         if ("ram", 0) not in status.loaded:
             raise StreamError("the stream has no section ram", offset=inp.position)
         outcome = Outcome.COMPLETED
+    except StreamError as error:
+        if driver.status.configuration is None and error.offset == _CONFIGURATION_AT:
+            error.hint = (
+                "Only the stream of QEMU 2.4 and newer can be kept, with configuration, footers and vmdescription:"
+                " use a machine type of 2.4 or newer"
+            )
+        raise
     finally:
         driver.cleanup(outcome)
     assert status.configuration is not None

@@ -22,7 +22,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import pytest
@@ -104,10 +104,11 @@ class Qemu:
         args: Sequence[str],
         *,
         incoming: str | None = None,
+        capabilities: Mapping[str, bool] | None = None,
         pass_fds: Sequence[int] = (),
         preexec: Callable[[], None] | None = None,
     ) -> None:
-        """incoming: a URI to listen at, before this returns. preexec: runs in the child, for limits.
+        """incoming: a URI to listen at, before this returns. capabilities: set before that. preexec: runs in the child, for limits.
 
         Raises RuntimeError with what QEMU said when it does not come up.
         """
@@ -131,7 +132,7 @@ class Qemu:
         self._monitor = _Monitor(ours)
         try:
             self._monitor.open()
-            self.qmp("migrate-set-capabilities", capabilities=_switch({"events": True}))
+            self.capabilities(events=True, **(capabilities or {}))
             if incoming is not None:
                 self.qmp("migrate-incoming", uri=incoming)
         except Exception as error:
@@ -164,6 +165,7 @@ class Qemu:
     # ---- migration
 
     def capabilities(self, **capabilities: bool) -> None:
+        """Switch capabilities; underscores stand for hyphens."""
         self.qmp("migrate-set-capabilities", capabilities=_switch(capabilities))
 
     def migrate(self, uri: str, **parameters: int) -> None:
@@ -236,6 +238,7 @@ class QemuFactory(Protocol):
         self,
         *args: str,
         incoming: str | None = None,
+        capabilities: Mapping[str, bool] | None = None,
         pass_fds: Sequence[int] = (),
         preexec: Callable[[], None] | None = None,
     ) -> Qemu:
@@ -264,10 +267,18 @@ def qemu(qemu_binary: str) -> Iterator[QemuFactory]:
         def start(
             *args: str,
             incoming: str | None = None,
+            capabilities: Mapping[str, bool] | None = None,
             pass_fds: Sequence[int] = (),
             preexec: Callable[[], None] | None = None,
         ) -> Qemu:
-            peer = Qemu(qemu_binary, args, incoming=incoming, pass_fds=pass_fds, preexec=preexec)
+            peer = Qemu(
+                qemu_binary,
+                args,
+                incoming=incoming,
+                capabilities=capabilities,
+                pass_fds=pass_fds,
+                preexec=preexec,
+            )
             running.callback(peer.close)
             return peer
 

@@ -20,7 +20,7 @@ import attrs
 
 from whimbrel.channel import Channel, Role
 from whimbrel.descriptors import DescriptorChannel
-from whimbrel.errors import ChannelError, LocalError, MigrationError, StreamError
+from whimbrel.errors import ChannelError, EndOfStream, LocalError, MigrationError, StreamError
 from whimbrel.kernel import Kernel
 from whimbrel.plugins import Plugins
 from whimbrel.stream import InStream, OutStream
@@ -153,6 +153,8 @@ def receive_from(
         file_bytes = _store(guest, target, force, progress)
     except BaseException as error:
         told = way_back.shut(1)
+        if isinstance(error, EndOfStream) and error.hint is None:
+            error.hint = "The source broke off: its own log says why, and it still has its machine"
         if loaded and not told and isinstance(error, MigrationError):
             # Nothing but an answer could have told the source: it is paused, in postmigrate.
             error.hint = f"{error.hint or ''} The source believes that its machine has moved: 'cont' there lets it run on".strip()

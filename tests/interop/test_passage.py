@@ -1,0 +1,202 @@
+"""QEMU -> migctl receive -> a file -> migctl send -> QEMU, over each transport."""
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from whimbrel_testing.peers import Qemu, QemuFactory, wait_until
+from whimbrel_testing.qemu_guest import (
+    MIB,
+    FilledGuest,
+    check_count,
+    counting_guest,
+    last_number,
+    wait_counting,
+)
+
+pytestmark = pytest.mark.interop
+
+Migctl = Any
+TRANSPORTS = ("tcp", "unix", "exec", "fd")
+
+
+class Passage:
+    """The steps of a passage; how each end is reached depends on the transport."""
+
+    def __init__(
+        self, transport: str, folder: Path, qemu: QemuFactory, migctl: Callable[..., Migctl]
+    ) -> None:
+        self.transport, self.folder = transport, folder
+        self.qemu, self.migctl = qemu, migctl
+        self.file = folder / "guest.mig"
+        self._open = contextlib.ExitStack()
+
+    def receive(self, source: Qemu) -> dict[str, Any]:
+        """From the running source into the file."""
+        if self.transport == "exec":
+            pipe = self._fifo("out")
+            receiver = self.migctl("receive", f"exec:cat {pipe}", self.file)
+            receiver.event("listening")
+            source.migrate(f"exec:cat > {pipe}", max_bandwidth=0)
+        elif self.transport == "fd":
+            ours, theirs = self._pair()
+            receiver = self.migctl(
+                "receive", f"fd:{ours.fileno()}", self.file, pass_fds=[ours.fileno()]
+            )
+            receiver.event("listening")
+            ours.close()
+            source.send_fd("way-out", theirs.fileno())
+            theirs.close()
+            source.migrate("fd:way-out", max_bandwidth=0)
+        else:
+            uri = "tcp:127.0.0.1:0" if self.transport == "tcp" else f"unix:{self.folder}/out"
+            receiver = self.migctl("receive", uri, self.file)
+            source.migrate(receiver.address(), max_bandwidth=0)
+        received: dict[str, Any] = receiver.succeeded("received")
+        return received
+
+    def send(self, *args: str, return_path: bool = False) -> tuple[Qemu, dict[str, Any]]:
+        """From the file into a QEMU with these arguments, and that capability."""
+        capabilities = {"return_path": return_path}
+        if self.transport == "exec":
+            pipe = self._fifo("in")
+            target = self.qemu(*args, incoming=f"exec:cat {pipe}", capabilities=capabilities)
+            return target, self._sent(f"exec:cat > {pipe}")
+        if self.transport == "fd":
+            ours, theirs = self._pair()
+            target = self.qemu(
+                *args,
+                incoming=f"fd:{theirs.fileno()}",
+                capabilities=capabilities,
+                pass_fds=[theirs.fileno()],
+            )
+            theirs.close()
+            sent = self._sent(f"fd:{ours.fileno()}", pass_fds=[ours.fileno()])
+            ours.close()
+            return target, sent
+        if self.transport == "tcp":
+            target = self.qemu(*args, incoming="tcp:127.0.0.1:0", capabilities=capabilities)
+            address = target.qmp("query-migrate")["socket-address"][0]
+            return target, self._sent(f"tcp:{address['host']}:{address['port']}")
+        target = self.qemu(*args, incoming=f"unix:{self.folder}/in", capabilities=capabilities)
+        return target, self._sent(f"unix:{self.folder}/in")
+
+    def _sent(self, uri: str, **kwargs: Any) -> dict[str, Any]:
+        sent: dict[str, Any] = self.migctl("send", self.file, uri, **kwargs).succeeded("sent")
+        return sent
+
+    def _fifo(self, name: str) -> Path:
+        path = self.folder / f"{name}.fifo"
+        os.mkfifo(path)
+        return path
+
+    def _pair(self) -> tuple[socket.socket, socket.socket]:
+        ours, theirs = socket.socketpair()
+        return self._open.enter_context(ours), self._open.enter_context(theirs)
+
+    def close(self) -> None:
+        self._open.close()
+
+
+@pytest.fixture(params=TRANSPORTS)
+def passage(
+    request: pytest.FixtureRequest, tmp_path: Path, qemu: QemuFactory, migctl: Callable[..., Migctl]
+) -> Iterator[Passage]:
+    with contextlib.closing(Passage(request.param, tmp_path, qemu, migctl)) as steps:
+        yield steps
+
+
+@pytest.mark.parametrize("return_path", [True, False], ids=["return-path", "one-way"])
+def test_guest_counts_on(passage: Passage, tmp_path: Path, return_path: bool) -> None:
+    answered = return_path and passage.transport != "exec"  # a pipe has no way back
+    guest = counting_guest(tmp_path)
+    before, after = tmp_path / "before.log", tmp_path / "after.log"
+    source = passage.qemu(*guest.args(before))
+    source.capabilities(return_path=answered)
+    wait_counting(before)
+
+    received = passage.receive(source)
+    source.wait_migration("completed")
+    reached = last_number(before)
+    assert received["machine"] == "pc-i440fx-7.2"
+    assert received["run_state"] == "running"
+    assert received["acknowledged"] is answered
+    assert received["file_bytes"] == passage.file.stat().st_size < received["stream_bytes"]
+    kept = passage.file.read_bytes()
+
+    target, sent = passage.send(*guest.args(after), return_path=return_path)
+    target.wait_status("running")
+    assert sent["acknowledged"] is (passage.transport != "exec")
+    assert wait_counting(before, after, beyond=reached) > reached
+    target.qmp("stop")
+    check_count(before, after)
+    assert passage.file.read_bytes() == kept
+
+
+def test_filled_ram_arrives_whole(passage: Passage, tmp_path: Path) -> None:
+    guest = FilledGuest()
+    ram, copy = tmp_path / "ram", tmp_path / "copy"
+    guest.fill(ram)
+    source = passage.qemu(*guest.args(ram))
+    received = passage.receive(source)
+    source.wait_migration("completed")
+    assert received["ram"] >= 64 * MIB
+    assert received["run_state"] == "prelaunch"  # never started, and so it must arrive
+    target, _ = passage.send(*guest.args(copy))
+    target.wait_status("prelaunch", "paused")
+    wait_until(lambda: target.migration().get("status") == "completed", "end of the load")
+    assert copy.read_bytes() == ram.read_bytes()
+
+
+def test_file_holds_each_page_once_and_qemu_reads_it_itself(
+    qemu: QemuFactory, migctl: Callable[..., Migctl], tmp_path: Path
+) -> None:
+    """A source that has sent its ring many times over, at a rate that lets it converge only when told to."""
+    guest = counting_guest(tmp_path, pages=2048)
+    before, after = tmp_path / "before.log", tmp_path / "after.log"
+    source = qemu(*guest.args(before))
+    wait_counting(before)
+    file = tmp_path / "guest.mig"
+    receiver = migctl("receive", f"unix:{tmp_path}/m", file)
+    source.migrate(receiver.address(), max_bandwidth=64 * MIB, downtime_limit=1)
+    wait_until(
+        lambda: source.migration().get("ram", {}).get("dirty-sync-count", 0) > 3, "three passes"
+    )
+    source.qmp("migrate-set-parameters", max_bandwidth=0, downtime_limit=500)
+    received = receiver.succeeded("received")
+    source.wait_migration("completed")
+    assert received["file_bytes"] < 24 * MIB < received["stream_bytes"]
+    target = qemu(*guest.args(after), incoming=f"exec:cat {file}")
+    target.wait_status("running")
+    wait_counting(before, after, beyond=last_number(before))
+    target.qmp("stop")
+    check_count(before, after)
+
+
+def test_file_can_be_sent_again_and_again(
+    qemu: QemuFactory, migctl: Callable[..., Migctl], tmp_path: Path
+) -> None:
+    guest = counting_guest(tmp_path)
+    before = tmp_path / "before.log"
+    source = qemu(*guest.args(before))
+    wait_counting(before)
+    file = tmp_path / "guest.mig"
+    receiver = migctl("receive", f"unix:{tmp_path}/m", file)
+    source.migrate(receiver.address())
+    receiver.succeeded("received")
+    for copy in range(2):
+        after = tmp_path / f"after{copy}.log"
+        uri = f"unix:{tmp_path}/in{copy}"
+        target = qemu(*guest.args(after), incoming=uri)
+        flag = ("--return-path", "--no-return-path")[copy]
+        sent = migctl("send", file, uri, flag).succeeded("sent")
+        assert sent["acknowledged"] is (copy == 0)
+        target.wait_status("running")
+        wait_counting(before, after, beyond=last_number(before))
+        target.qmp("stop")
+        check_count(before, after)

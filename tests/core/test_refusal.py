@@ -188,17 +188,23 @@ def test_a_notifier_may_remove_itself_and_may_fail(world, side):
     assert called.count("broken") == called.count("last")
 
 
-def test_a_hook_that_fails_is_harmless(world, side):
+def test_a_hook_is_told_the_same_as_notifiers_and_may_fail(world, side):
+    seen, told = [], []
+    side.kernel.notifiers.add(lambda n: told.append(n.what))
+
     class Broken:
         whimbrel_api = (1, 0)
 
         @hookimpl
-        def state_changed(self):
+        def state_changed(self, notification):
+            seen.append(notification.what)
             raise RuntimeError("broken")
 
     world.plugins.register(Broken(), "broken")
     ScriptedDestination(world.transport.peer(), on_ping=answer_pong, on_eof=answer_shut(0))
     side.kernel.migrate("pair:").wait(5)
+    assert seen == told
+    assert {What.SETUP, What.STATE, What.CLEANUP} <= set(seen)
 
 
 def test_capabilities_are_fixed_while_a_migration_runs_and_bandwidth_is_not(world):

@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from whimbrel.channel import FilterSpec, TransportSpec
     from whimbrel.kernel import Kernel
     from whimbrel.machine import Machine
+    from whimbrel.notifiers import Notification
     from whimbrel.savevm import SaveVMHandler
     from whimbrel.settings import Setting
-    from whimbrel.state import Status
     from whimbrel.stream import InStream
     from whimbrel.wire.items import SectionHeader
 
@@ -70,8 +70,10 @@ def preflight(kernel: Kernel, uri: str) -> list[str]:  # type: ignore[empty-body
 
 
 @hookspec
-def state_changed(kernel: Kernel, old: Status, new: Status) -> None:
-    """The status changed. On the thread that changed it; an exception is logged and harmless."""
+def state_changed(kernel: Kernel, notification: Notification) -> None:
+    """What notifiers are told (setup, a new status, an error at the start, the end of clean-up), as a hook. On the
+    thread where it happened; an exception is logged and harmless.
+    """
 
 
 @hookspec

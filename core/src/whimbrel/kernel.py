@@ -298,11 +298,12 @@ class Kernel:
         self.named_fds[name] = fd
 
     def notify(self, what: What, old: Status | None = None, new: Status | None = None) -> None:
-        self.notifiers.notify(Notification(what, self.state, old, new))
+        notification = Notification(what, self.state, old, new)
+        self.notifiers.notify(notification)
+        self.plugins.notify("state_changed", kernel=self, notification=notification)
 
     def _state_changed(self, old: Status, new: Status) -> None:
         self.notify(What.STATE, old, new)
-        self.plugins.notify("state_changed", kernel=self, old=old, new=new)
 
 
 def get_current() -> MigrationState:

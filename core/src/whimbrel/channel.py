@@ -93,7 +93,10 @@ class Channel(abc.ABC):
         raise ChannelError(f"{self.name} has room for one channel only, none for {purpose} {index}")
 
     def raw_fd(self, direction: str) -> int | None:
-        """A descriptor on which raw read ('read') or write ('write') equals recv and send, or None."""
+        """A descriptor on which raw read ('read') or write ('write') equals recv and send, or None.
+
+        It may be non-blocking (a pipe is): who borrows it polls when it would block.
+        """
         return None
 
     def extension(self, kind: type[T]) -> T | None:
@@ -105,6 +108,54 @@ class Channel(abc.ABC):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class WrappedChannel(Channel):
+    """Another channel with something done to what passes: the base of what a filter's wrap() gives.
+
+    It forwards everything but what would pass it by: there is no raw descriptor, and an extension is one that the
+    filter's own class implements. A return path that is the inner channel itself is this one; other channels that come
+    from the inner one are given to rewrap().
+    """
+
+    def __init__(self, inner: Channel) -> None:
+        self.inner = inner
+        self.name = inner.name
+        self.eof_means_peer_gone = inner.eof_means_peer_gone
+
+    def send(self, buffers: Sequence[Buffer]) -> None:
+        self.inner.send(buffers)
+
+    def recv_into(self, view: memoryview) -> int:
+        return self.inner.recv_into(view)
+
+    def peek(self, n: int, deadline: float | None = None) -> bytes:
+        return self.inner.peek(n, deadline)
+
+    def flush(self) -> None:
+        self.inner.flush()
+
+    def finish(self, deadline: float | None = None) -> None:
+        self.inner.finish(deadline)
+
+    def abort(self) -> None:
+        self.inner.abort()
+
+    def close(self) -> None:
+        self.inner.close()
+
+    def return_path(self) -> Channel | None:
+        way_back = self.inner.return_path()
+        return None if way_back is None else self.rewrap(way_back)
+
+    def open_extra(self, purpose: str, index: int) -> Channel:
+        return self.rewrap(self.inner.open_extra(purpose, index))
+
+    def rewrap(self, channel: Channel) -> Channel:
+        """A return path or further channel of the inner channel, filtered like this one."""
+        if channel is self.inner:
+            return self
+        return type(self)(channel)
 
 
 class MemoryChannel(Channel):
@@ -180,7 +231,10 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def parse(self, rest: str) -> Any:
-        """The text behind `scheme:` as an address of this transport's own type. Pure: no I/O. Raises UriError."""
+        """The text behind `scheme:` as an address of this transport's own type. Pure: no I/O. Raises UriError.
+
+        Addresses compare by value, and str() of one is a text that parses to the same.
+        """
 
     @abc.abstractmethod
     def connect(self, address: Any, ctx: TransportContext) -> Channel:

@@ -242,8 +242,8 @@ def subsection(
     **options: Unpack[Options],
 ) -> Any:
     """An object that is sent only when needed(parent) says so (or needed() of its own class; always where there is
-    neither). Its name is that of the parent, a slash, and that of its class. Where the stream has none, the object
-    stays as it is.
+    neither). Its name is that of the parent, a slash, and that of its class, or the latter alone where that begins with
+    the parent's. Where the stream has none, the object stays as it is.
     """
     for key in ("since", "until", "exists"):
         if key in options:

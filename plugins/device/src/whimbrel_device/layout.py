@@ -281,7 +281,9 @@ def _struct(member: Member) -> Struct:
 
 
 def _child_name(parent: str, name: str) -> str:
-    return name if name.startswith(parent + "/") else f"{parent}/{name}"
+    """A name that begins with the parent's, up to the end of a word, is whole already (QEMU's apic has apic_sipi)."""
+    whole = name.startswith(parent) and not name[len(parent) :][:1].isalnum()
+    return name if whole and name != parent else f"{parent}/{name}"
 
 
 def _peek_subsection(run: LoadRun, parent: str) -> str | None:

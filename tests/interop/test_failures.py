@@ -4,6 +4,7 @@ import contextlib
 import os
 import resource
 import signal
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from whimbrel import Kernel, LocalError, Machine, MigrationError, StreamError
 from whimbrel_qemu import load
 from whimbrel_ram import RAMBlock
-from whimbrel_testing.peers import Qemu, QemuFactory, wait_until
+from whimbrel_testing.peers import PATIENCE, Qemu, QemuFactory, wait_until
 from whimbrel_testing.qemu_guest import (
     MIB,
     CountingGuest,
@@ -102,12 +103,12 @@ def test_receiver_interrupted_in_the_middle(
 
 
 def test_receiver_interrupted_before_a_source_came(migctl: Start, tmp_path: Path) -> None:
-    socket = tmp_path / "m"
-    receiver = migctl("receive", f"unix:{socket}", tmp_path / "guest.mig")
+    path = tmp_path / "m"
+    receiver = migctl("receive", f"unix:{path}", tmp_path / "guest.mig")
     receiver.address()
     receiver.process.send_signal(signal.SIGINT)
     assert "interrupted" in receiver.failed(130)
-    assert not socket.exists()
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("how", ["killed", "cancelled"])
@@ -222,6 +223,38 @@ def test_xbzrle_is_refused_by_name(source: Qemu, log: Path, migctl: Start, tmp_p
     assert "xbzrle" in receiver.failed()
     source.wait_migration("failed")
     counts_on(source, log)
+
+
+@RETURN_PATH
+def test_multifd_is_refused_by_name(
+    source: Qemu, log: Path, migctl: Start, tmp_path: Path, return_path: bool
+) -> None:
+    """The stream looks complete, but pages went elsewhere."""
+    file = tmp_path / "guest.mig"
+    source.capabilities(multifd=True, return_path=return_path)
+    receiver = migctl("receive", "tcp:127.0.0.1:0", file)
+    source.migrate(receiver.address())
+    assert "multifd" in receiver.failed()
+    source.wait_migration("failed", "completed")
+    assert nothing_kept(file)
+    if source.status() != "running":
+        source.qmp("cont")
+    counts_on(source, log)
+
+
+def test_second_connection_does_no_harm(source: Qemu, migctl: Start, tmp_path: Path) -> None:
+    path = tmp_path / "m"
+    receiver = migctl("receive", f"unix:{path}", tmp_path / "guest.mig")
+    source.migrate(receiver.address(), **SLOW)
+    in_the_middle(source)
+    with socket.socket(socket.AF_UNIX) as curious:
+        curious.connect(str(path))
+        curious.sendall(b"GET / HTTP/1.1\r\n")
+        source.qmp("migrate-set-parameters", max_bandwidth=0)
+        out, errors = receiver.process.communicate(timeout=PATIENCE)
+    assert receiver.process.returncode == 0
+    assert '"received"' in out
+    assert "second connection" in errors
 
 
 def test_old_dialect_is_refused_with_what_is_needed(

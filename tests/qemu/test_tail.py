@@ -113,6 +113,24 @@ def test_description_that_does_not_fit_is_refused_with_its_reason(
     assert reader.rejected is not None
 
 
+def test_more_can_come_after_a_description_that_did_not_fit() -> None:
+    """Its error must not hold on to the data: what is viewed cannot grow."""
+    sub = {"vmsd_name": "cpu/x", "version": 1, "fields": []}
+    device = {"name": "cpu", "instance_id": 0, "vmsd_name": "cpu", "version": 1, "fields": []}
+    lure = {"page_size": 4096, "devices": [device | {"subsections": [sub]}]}
+    first = section(0, "cpu", bytes(40))
+    inner = ended(first, json.dumps(lure).encode())
+    payload = inner[len(section(0, "cpu", b"")) - 5 :]
+    reader = TailReader()
+    outer = section(0, "cpu", payload)
+    reader.feed(outer[:-5])
+    assert reader.rejected is not None
+    kept = reader.rejected
+    reader.feed(ended(outer[-5:], described(("cpu", len(payload)))))
+    assert kept is not None
+    assert reader.tail is not None
+
+
 def test_effort_is_linear_in_what_arrives() -> None:
     """Beginnings of long texts, 300,000 of them: looking through each would take hours, and the test has 2 minutes."""
     lure = b"\0\x06\0\x7f\xff\xff{"

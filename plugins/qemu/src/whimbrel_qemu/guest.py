@@ -110,18 +110,20 @@ def read_guest(
     *,
     on_command: OnCommand | None = None,
     answer_ping: Callable[[int], None] | None = None,
+    on_ram_start: Callable[[], None] = lambda: None,
     max_ram: int = MAX_RAM,
 ) -> Guest:
     """A whole stream, up to and including its vmdescription.
 
-    on_command takes the source's commands, answer_ping the PING before the end. max_ram: bytes of RAM that
+    on_command takes the source's commands, answer_ping the PING before the end. on_ram_start is
+    called when RAM is about to come, and may raise. max_ram: bytes of RAM that
     are accepted.
     Raises StreamError and EndOfStream with section and offset.
     """
     from whimbrel_qemu.ram import AdoptingRam
 
     machine = Machine("any")
-    ram = AdoptingRam(max_ram)
+    ram = AdoptingRam(max_ram, on_ram_start)
     foreign = _Foreign(answer_ping)
     foreign.driver = driver = LoadDriver(
         machine,

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from whimbrel.errors import StreamError
 from whimbrel.savevm import LoadContext
+from whimbrel.stream import InStream
+from whimbrel.wire.format import ItemType
+from whimbrel.wire.items import SectionHeader
 from whimbrel_ram import RamHandler
 
 
 class AdoptingRam(RamHandler):
-    """Takes RAM blocks and page size from the stream. max_ram: the most bytes that it accepts."""
+    """Takes RAM blocks and page size from the stream.
 
-    def __init__(self, max_ram: int) -> None:
+    max_ram: the most bytes that it accepts. on_start is called when the blocks are known and no page has come; it may
+    raise.
+    """
+
+    def __init__(self, max_ram: int, on_start: Callable[[], None]) -> None:
         super().__init__((), adopt=max_ram)
+        self._on_start = on_start
 
     def load_setup(self, ctx: LoadContext) -> None:
         bits = ctx.configuration.target_page_bits if ctx.configuration is not None else None
@@ -22,3 +32,8 @@ class AdoptingRam(RamHandler):
                 )
             self.page_size = 1 << bits
         super().load_setup(ctx)
+
+    def load(self, inp: InStream, header: SectionHeader) -> None:
+        super().load(inp, header)
+        if header.type is ItemType.SECTION_START:
+            self._on_start()

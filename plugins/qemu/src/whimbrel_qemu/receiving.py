@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import logging
 import os
 import struct
@@ -18,9 +19,16 @@ from pathlib import Path
 
 import attrs
 
-from whimbrel.channel import Channel, Role
+from whimbrel.channel import Channel, Listener, Role
 from whimbrel.descriptors import DescriptorChannel
-from whimbrel.errors import ChannelError, EndOfStream, LocalError, MigrationError, StreamError
+from whimbrel.errors import (
+    ChannelError,
+    DeadlineExceeded,
+    EndOfStream,
+    LocalError,
+    MigrationError,
+    StreamError,
+)
 from whimbrel.kernel import Kernel
 from whimbrel.plugins import Plugins
 from whimbrel.stream import InStream, OutStream
@@ -28,6 +36,10 @@ from whimbrel.wire.format import Command
 from whimbrel.wire.return_path import encode_pong, encode_shut
 from whimbrel_qemu.guest import MAX_RAM, Guest, read_guest, write_guest
 from whimbrel_qemu.progress import Progress
+
+#: What a multifd channel of QEMU begins with, as soon as it is connected.
+_MULTIFD = bytes.fromhex("11223344")
+_PATIENCE = 1.0  # seconds to wait for it
 
 log = logging.getLogger("whimbrel.qemu")
 
@@ -124,7 +136,12 @@ def receive(
             on_listening(listener.addresses)
             with listener.accept() as channel:
                 return receive_from(
-                    channel, target, force=force, max_ram=max_ram, progress=progress
+                    channel,
+                    target,
+                    force=force,
+                    max_ram=max_ram,
+                    progress=progress,
+                    check_others=functools.partial(_refuse_multifd, listener),
                 )
     finally:
         os.close(cancel_fd)
@@ -137,8 +154,13 @@ def receive_from(
     force: bool = False,
     max_ram: int = MAX_RAM,
     progress: Progress | None = None,
+    check_others: Callable[[], None] = lambda: None,
 ) -> Received:
-    """As receive(), from a channel that is open already."""
+    """As receive(), from a channel that is open already.
+
+    check_others is called before RAM comes and after all has come: it raises if the source sends over another channel
+    as well.
+    """
     progress = progress if progress is not None else Progress()
     way_back = _WayBack(channel)
     inp = InStream(channel)
@@ -147,8 +169,13 @@ def receive_from(
     progress.begin("receiving", lambda: inp.position)
     try:
         guest = read_guest(
-            inp, on_command=way_back.command, answer_ping=way_back.pong, max_ram=max_ram
+            inp,
+            on_command=way_back.command,
+            answer_ping=way_back.pong,
+            on_ram_start=check_others,
+            max_ram=max_ram,
         )
+        check_others()
         loaded = True
         file_bytes = _store(guest, target, force, progress)
     except BaseException as error:
@@ -170,6 +197,30 @@ def receive_from(
         seconds=time.monotonic() - began,
         acknowledged=way_back.shut(0),
     )
+
+
+def _refuse_multifd(listener: Listener) -> None:
+    """Pages that travel over further connections would be missing, and nothing in the stream says that they do."""
+    with contextlib.suppress(DeadlineExceeded):
+        while True:
+            with _next_connection(listener) as other:
+                if other.peek(len(_MULTIFD), time.monotonic() + _PATIENCE) == _MULTIFD:
+                    raise StreamError(
+                        "the source sends its pages over further connections",
+                        section="ram",
+                        hint="Switch the capability multifd off on the source",
+                    )
+            log.warning("a second connection came in the meantime, and was closed")
+
+
+def _next_connection(listener: Listener) -> Channel:
+    """One that waits already. Raises DeadlineExceeded when there is none."""
+    try:
+        return listener.accept(time.monotonic())
+    except DeadlineExceeded:
+        raise
+    except ChannelError as error:  # a transport that has only one channel
+        raise DeadlineExceeded("no further connection is possible") from error
 
 
 # ---- the file

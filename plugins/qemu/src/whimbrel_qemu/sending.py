@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -10,8 +12,10 @@ from pathlib import Path
 import attrs
 
 from whimbrel.descriptors import DescriptorChannel
-from whimbrel.errors import LocalError
+from whimbrel.errors import LocalError, MigrationError, OutcomeUnknown, StateError
+from whimbrel.handle import Result
 from whimbrel.kernel import Kernel
+from whimbrel.outgoing import Outgoing
 from whimbrel.plugins import Plugins
 from whimbrel.settings import TODAY
 from whimbrel.stream import InStream
@@ -21,6 +25,9 @@ from whimbrel_qemu.progress import Progress
 #: The kept machine brings its own globalstate.
 PROFILE = attrs.evolve(TODAY, name="kept", dialect=attrs.evolve(TODAY.dialect, globalstate=False))
 _POLL = 0.2  # seconds between looks at a Ctrl-C while waiting
+_CANCEL_PATIENCE = 5.0  # seconds for an orderly end after Ctrl-C
+
+log = logging.getLogger("whimbrel.qemu")
 
 
 @attrs.frozen(kw_only=True)
@@ -54,6 +61,27 @@ def load(path: str | os.PathLike[str], *, progress: Progress | None = None) -> G
         return read_guest(inp)
 
 
+def _wait(run: Outgoing) -> Result:
+    """The end of it; Ctrl-C cancels, as long as that is possible."""
+    try:
+        while not run.done:
+            with contextlib.suppress(TimeoutError):
+                run.wait(_POLL)
+        return run.wait()
+    except OutcomeUnknown as error:
+        error.hint = "Look whether the destination runs the machine before you send the file again"
+        raise
+    except KeyboardInterrupt:
+        try:
+            run.cancel()
+        except StateError as error:
+            log.warning("%s", error)
+            return run.wait()
+        with contextlib.suppress(MigrationError, TimeoutError):
+            run.wait(_CANCEL_PATIENCE)
+        raise
+
+
 def send(
     path: str | os.PathLike[str],
     uri: str,
@@ -85,16 +113,7 @@ def send(
     run = kernel.migrate(uri)
     figures = kernel.state.figures
     progress.begin("sending", lambda: figures.transferred, guest.ram_bytes)
-    try:
-        while not run.done:
-            try:
-                run.wait(_POLL)
-            except TimeoutError:
-                continue
-    except KeyboardInterrupt:
-        kernel.cancel()
-        raise
-    result = run.wait()
+    result = _wait(run)
     return Sent(
         path=Path(path),
         uri=uri,

@@ -162,7 +162,8 @@ class TailReader:
         try:
             self._accept(at, bytes(data[text_at:end]))
         except StreamError as error:
-            self.rejected = error
+            # Without the frames that it came through: they hold views of the data, which must be able to grow.
+            self.rejected = error.with_traceback(None)
             return self._dismiss()
         self.surplus = len(data) - end
         return False

@@ -7,6 +7,7 @@ import pytest
 
 from whimbrel import (
     Cancelled,
+    ChannelError,
     EndOfStream,
     MachineError,
     MigrationError,
@@ -168,6 +169,27 @@ def test_without_a_way_back_completed_means_finished(world, source):
     assert not result.acknowledged
     peer.join(5)
     assert b"\x08\x00\x01" not in peer.got  # no OPEN_RETURN_PATH
+
+
+def test_without_a_way_back_an_error_after_eof_is_unknown(world, source, monkeypatch):
+    """A destination without a way back closes when it runs the machine as well as when it dies."""
+    world.transport.way_back = False
+    original = world.transport._end
+
+    def end(number):
+        channel = original(number)
+
+        def finish(deadline=None):
+            raise ChannelError("connection reset")
+
+        channel.finish = finish
+        return channel
+
+    world.transport._end = end
+    ScriptedDestination(world.transport.peer())
+    with pytest.raises(OutcomeUnknown):
+        source.kernel.migrate("pair:").wait(5)
+    assert "start" not in source.calls
 
 
 def test_return_path_off_sends_no_commands(world, source):

@@ -272,3 +272,49 @@ def test_a_return_path_over_a_one_way_channel_is_refused(world):
     feed(world, head + items.encode_command(Command.OPEN_RETURN_PATH))
     with pytest.raises(StreamError, match="return-path off on the source"):
         incoming.wait(5)
+
+
+def test_a_source_that_cannot_be_told_never_sees_the_end_of_the_channel(world, monkeypatch):
+    """To the source the end without an answer proves that nobody runs the machine; here somebody does."""
+    from whimbrel import incoming as module
+
+    kept = []
+    monkeypatch.setattr(module, "_unconfirmed", kept)
+    head = items.encode_header() + items.encode_configuration(
+        Configuration(machine_type="test-1.0")
+    )
+    destination = world.side()
+    transport = world.transport
+    original = transport._end
+
+    def end(number):
+        channel = original(number)
+        channel.send = lambda buffers: (_ for _ in ()).throw(OSError("no buffer space"))
+        return channel
+
+    transport._end = end
+    incoming = destination.kernel.incoming("pair:")
+    source = transport.ends[0]
+    source.sendall(head + items.encode_command(Command.OPEN_RETURN_PATH) + b"\0")
+    source.sendall(items.encode_vmdescription(b"{}"))
+    incoming.wait(5)
+    assert destination.machine.run_state is RunState.RUNNING
+    source.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        source.recv(1)
+    (channel,) = kept
+    channel.close()
+
+
+def test_a_vmdescription_that_never_comes_is_still_confirmed(world, monkeypatch):
+    monkeypatch.setattr("whimbrel.incoming.TAIL_PATIENCE", 0.1)
+    head = items.encode_header() + items.encode_configuration(
+        Configuration(machine_type="test-1.0")
+    )
+    destination = world.side()
+    incoming = destination.kernel.incoming("pair:")
+    source = world.transport.ends[0]
+    source.sendall(head + items.encode_command(Command.OPEN_RETURN_PATH) + b"\0\x06\0")
+    incoming.wait(5)
+    assert destination.machine.run_state is RunState.RUNNING
+    assert source.recv(100) == bytes.fromhex("0001 0004 00000000")

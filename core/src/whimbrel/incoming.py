@@ -41,6 +41,9 @@ log = logging.getLogger("whimbrel.incoming")
 #: After EOF the machine runs here whatever happens: how long to wait for the vmdescription behind it.
 TAIL_PATIENCE = 5.0
 
+#: Channels of sources that could not be told that the machine runs here.
+_unconfirmed: list[Channel | None] = []
+
 
 class Incoming(Handle):
     """A migration that is waited for, or under way. Made by Kernel.incoming()."""
@@ -126,17 +129,27 @@ class Incoming(Handle):
                 raise Cancelled("the incoming migration was cancelled")
             self._committed = True
         self._take_over()
-        # The machine is here now: nothing behind this line may undo that.
-        try:
+        # The machine is here now: nothing behind this line may undo that, nor let the source believe otherwise.
+        with contextlib.suppress(Exception):
             if driver.dialect.vmdescription:
                 inp.deadline = time.monotonic() + TAIL_PATIENCE
                 driver.vmdescription(inp)
-            self._figures.transferred = inp.position
-            if self._way_back is not None:
-                self._way_back.send([encode_shut(0)])
-                self._figures.acknowledged = True
+        self._figures.transferred = inp.position
+        self._confirm()
+
+    def _confirm(self) -> None:
+        """Say that the machine runs here. If that is not possible, the channel stays open as long as this process
+        lives: its end without an answer would mean to the source that nobody runs the machine.
+        """
+        if self._way_back is None:
+            return
+        try:
+            self._way_back.send([encode_shut(0)])
+            self._figures.acknowledged = True
         except Exception as error:
-            log.warning("the machine was taken over, but the source may not know: %s", error)
+            log.error("the machine was taken over, but the source could not be told: %s", error)
+            _unconfirmed.append(self._channel)
+            self._channel = None
 
     def _unknown_section(self, header: SectionHeader, inp: InStream) -> SaveVMHandler | None:
         answers = [

@@ -320,15 +320,11 @@ class Outgoing(Handle):
 
     def _peer_is_gone(self, error: BaseException) -> bool:
         """Proof that the process at the other end is gone, so that nothing can run there."""
-        channel = self._channel
-        if channel is None or not channel.eof_means_peer_gone:
-            return False
+        assert self._channel is not None
+        if self._answers is None or not self._channel.eof_means_peer_gone:
+            return False  # a destination that cannot answer closes when it runs the machine, too
         if isinstance(error, EndOfStream):
             return True
-        if self._answers is None:
-            return (
-                True  # nobody is at the other end (a file): what could not be written does not run
-            )
         try:
             return self._answers.channel.peek(1, time.monotonic() + 1.0) == b""
         except MigrationError:

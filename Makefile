@@ -22,7 +22,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
-	@set -e; for d in $(DISTS); do MYPYPATH=$$d/src $(BIN)/mypy --no-error-summary $$d/src; done; echo "mypy: no errors"
+	$(BIN)/mypy core/src plugins/*/src
 
 bench: setup  ## our speed beside QEMU's and beside a raw socket copy
 	$(BIN)/python benchmarks/ram.py $(ARGS)

@@ -70,7 +70,6 @@ def _render(progress: Progress) -> RenderableType:
     line = Table.grid(padding=(0, 2))
     cells: list[RenderableType] = [Text(progress.phase)]
     if total:
-        # Zero pages take next to nothing, so that the end may come well before the bar is full.
         cells.append(ProgressBar(total=total, completed=min(done, total), width=30))
     if done:
         rate = f"{human(done / seconds)}/s" if seconds > 0 else ""
@@ -196,7 +195,9 @@ def receive(uri: str, file: Path, force: bool, max_ram: int | None, as_json: boo
             acknowledged=got.acknowledged,
         )
         return
-    told = "the source was told" if got.acknowledged else "the source asked for no answer"
+    told = (
+        "the source was told" if got.acknowledged else "the source asked for no answer, or was gone"
+    )
     click.echo(
         f"{got.path}: {got.machine_type}, {got.run_state or 'running'}, {human(got.ram_bytes)} RAM,"
         f" {got.sections} device sections, {human(got.file_bytes)} on disk after {got.seconds:.1f} s; {told}"

@@ -99,7 +99,10 @@ class _WayBack:
         try:
             self._answers.send([encode_shut(status)])
         except MigrationError as error:
-            log.info("the source could not be told: %s", error)
+            level = logging.INFO if status else logging.WARNING
+            log.log(
+                level, "the source could not be told how it ended (status %d): %s", status, error
+            )
             return False
         return True
 
@@ -247,7 +250,7 @@ def _store(guest: Guest, target: Path, force: bool, progress: Progress) -> int:
         # The channel closes what it is given; the descriptor for fsync and lock stays here.
         with DescriptorChannel(write_fd=os.dup(fd), name=str(partial)) as channel:
             out = OutStream(channel)
-            progress.begin("writing", lambda: out.position, guest.ram_bytes)
+            progress.begin("writing", lambda: out.position)
             write_guest(guest, out)
             size = out.position
         progress.begin("syncing")

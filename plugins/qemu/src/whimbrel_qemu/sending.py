@@ -100,6 +100,7 @@ def send(
     """
     progress = progress if progress is not None else Progress()
     guest = load(path, progress=progress)
+    size = progress.total  # of the file, and so of the stream, but for a few bytes
     kernel = Kernel(guest.machine(), profile=PROFILE, plugins=plugins)
     kernel.named_fds.update(named_fds or {})
     kernel.settings.update(
@@ -112,7 +113,7 @@ def send(
     began = time.monotonic()
     run = kernel.migrate(uri)
     figures = kernel.state.figures
-    progress.begin("sending", lambda: figures.transferred, guest.ram_bytes)
+    progress.begin("sending", lambda: figures.transferred, size)
     result = _wait(run)
     return Sent(
         path=Path(path),

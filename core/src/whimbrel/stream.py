@@ -7,6 +7,7 @@ section can take runs of records from the buffer at once. Neither knows what the
 from __future__ import annotations
 
 import contextlib
+import mmap
 import struct
 import time
 from collections.abc import Iterator
@@ -18,6 +19,10 @@ from whimbrel.errors import ChannelError, EndOfStream, MigrationError
 PASS_THROUGH = 16 << 10
 COLLECT = 64 << 10
 READ_BUFFER = 1 << 20
+#: The kernel copies to addresses of this alignment two to three times faster than to others (x86 `rep movs`).
+ALIGNMENT = 64
+#: An unread rest up to this long is moved to get that alignment for what comes next.
+SHORT_REST = 16 << 10
 WINDOW = 0.1  # seconds: the period of the rate limit
 
 _U16, _U32, _U64 = struct.Struct(">H"), struct.Struct(">I"), struct.Struct(">Q")
@@ -145,8 +150,10 @@ class InStream(_Latched):
 
     def __init__(self, channel: Channel, *, buffer_size: int = READ_BUFFER) -> None:
         self.channel = channel
-        self._buffer = bytearray(buffer_size)
-        self._view = memoryview(self._buffer)
+        self._capacity = buffer_size
+        # Anonymous memory begins on a page boundary.
+        memory = mmap.mmap(-1, buffer_size + ALIGNMENT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._view = memoryview(memory)
         self._start = self._end = 0
         self._consumed = 0
         #: Reading raises DeadlineExceeded when nothing came before this time (time.monotonic()); reading may go on
@@ -161,7 +168,7 @@ class InStream(_Latched):
     @property
     def capacity(self) -> int:
         """The most that buffered() can be asked for."""
-        return len(self._buffer)
+        return self._capacity
 
     def buffered(self, need: int = 0) -> memoryview:
         """What has arrived and was not consumed, after waiting until it is at least `need` bytes (at most capacity).
@@ -180,13 +187,13 @@ class InStream(_Latched):
         self._consumed += n
 
     def read(self, n: int) -> bytes:
-        if n <= len(self._buffer):
+        if n <= self._capacity:
             data = bytes(self.buffered(n)[:n])
             self.consume(n)
             return data
         whole = bytearray()
         while len(whole) < n:  # allocated as it arrives: a length is a claim of the peer's
-            whole += self.read(min(n - len(whole), len(self._buffer)))
+            whole += self.read(min(n - len(whole), self._capacity))
         return bytes(whole)
 
     def read_into(self, view: memoryview) -> None:
@@ -236,24 +243,28 @@ class InStream(_Latched):
         self._consumed += n
 
     def _refill(self, need: int) -> None:
-        if need > len(self._buffer):
-            raise ValueError(f"{need} bytes do not fit the buffer of {len(self._buffer)}")
+        if need > self._capacity:
+            raise ValueError(f"{need} bytes do not fit the buffer of {self._capacity}")
         if self.deadline is not None:
             self.check()
             self.channel.peek(1, self.deadline)
         with self._latch():
-            if self._start == self._end:
-                self._start = self._end = 0
-            elif self._start + need > len(self._buffer) or (
-                self._start >= len(self._buffer) // 2 > 2 * (len(self._buffer) - self._end)
-            ):  # what is asked for does not fit behind the rest, or only little would
-                rest = bytes(self._view[self._start : self._end])
-                self._view[: len(rest)] = rest
-                self._start, self._end = 0, len(rest)
+            self._make_room(need)
             n = self.channel.recv_into(self._view[self._end :])
             if n == 0:
                 self._raise_end(need - (self._end - self._start))
             self._end += n
+
+    def _make_room(self, need: int) -> None:
+        """Move the rest to the front where it is short or in the way, so that it ends on an aligned address."""
+        rest, room = self._end - self._start, len(self._view) - self._end
+        front = -rest % ALIGNMENT
+        if rest > SHORT_REST and rest + room >= need and room >= self._capacity // 8:
+            return
+        if self._start > front:
+            kept = bytes(self._view[self._start : self._end])
+            self._view[front : front + rest] = kept
+            self._start, self._end = front, front + rest
 
     def _raise_end(self, missing: int) -> None:
         raise EndOfStream(

@@ -102,6 +102,9 @@ def _holes(block: RAMBlock, fd: int, offset: int) -> NDArray[np.bool_] | None:
     host = np.ones(block.size // HOST_PAGE, np.bool_)
     position, end = offset, offset + block.size
     try:
+        status = os.fstat(fd)
+        if status.st_blocks * 512 >= status.st_size:  # no holes: do not walk all of it to learn that
+            return None
         for _ in range(_MAX_EXTENTS):
             try:
                 data = os.lseek(fd, position, os.SEEK_DATA)

@@ -28,7 +28,7 @@ log = logging.getLogger("whimbrel.ram")
 
 
 def probe(blocks: Sequence[RAMBlock]) -> str | None:
-    """What is missing. Registers each block for a moment: only the kernel knows which memory it can track."""
+    """What is missing. Registers a bit of each block for a moment: only the kernel knows which memory it can track."""
     for block in blocks:
         if not block.aligned:
             return (
@@ -74,8 +74,9 @@ def _probe_scan(uffd: int) -> str | None:
 def _probe_blocks(uffd: int, blocks: Sequence[RAMBlock]) -> str | None:
     for block in blocks:
         try:
-            kernelapi.register_wp(uffd, block.address, block.size)
-            kernelapi.unregister(uffd, block.address, block.size)
+            for offset in (0, block.size - HOST_PAGE):
+                kernelapi.register_wp(uffd, block.address + offset, HOST_PAGE)
+                kernelapi.unregister(uffd, block.address + offset, HOST_PAGE)
         except OSError as error:
             why = {
                 errno.EBUSY: "another userfaultfd watches it",

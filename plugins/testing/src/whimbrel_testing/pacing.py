@@ -86,6 +86,15 @@ class Trigger:
         return 0
 
 
+@attrs.define(eq=False)
+class _Pair:
+    """The two connections of one that is passed on."""
+
+    source: socket.socket
+    destination: socket.socket
+    ended: bool = False
+
+
 class Link:
     """Accepts any number of connections, one after the other, and passes each on to the target.
 
@@ -102,7 +111,7 @@ class Link:
         self._open = threading.Event()
         self._open.set()
         self._lock = threading.Lock()
-        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._pairs: list[_Pair] = []
         self._closed = False
         self._threads: list[threading.Thread] = []
         #: Bytes passed on, by direction.
@@ -154,13 +163,16 @@ class Link:
     def _end(self, *, reset: bool) -> None:
         with self._lock:
             pairs, self._pairs = self._pairs, []
-        for sock in (s for pair in pairs for s in pair):
-            with contextlib.suppress(OSError):
-                if reset:
-                    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                else:
-                    sock.shutdown(socket.SHUT_RDWR)
-            sock.close()
+        for pair in pairs:
+            pair.ended = True
+            for sock in (pair.source, pair.destination):
+                with contextlib.suppress(OSError):
+                    if reset:
+                        linger = struct.pack("ii", 1, 0)
+                        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                    # Wakes the pump; a socket that somebody waits on is not closed by close().
+                    sock.shutdown(socket.SHUT_RD if reset else socket.SHUT_RDWR)
+                sock.close()
 
     def close(self) -> None:
         self._closed = True
@@ -204,12 +216,16 @@ class Link:
             for sock in (source, destination):
                 if sock.family == socket.AF_INET:
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            pair = _Pair(source, destination)
             with self._lock:
-                self._pairs.append((source, destination))
-            self._spawn(self._pump, Direction.FORWARD, source, destination)
-            self._spawn(self._pump, Direction.BACK, destination, source)
+                self._pairs.append(pair)
+            self._spawn(self._pump, Direction.FORWARD, pair)
+            self._spawn(self._pump, Direction.BACK, pair)
 
-    def _pump(self, direction: Direction, come: socket.socket, go: socket.socket) -> None:
+    def _pump(self, direction: Direction, pair: _Pair) -> None:
+        come, go = pair.source, pair.destination
+        if direction is Direction.BACK:
+            come, go = go, come
         held = b""
         with contextlib.suppress(OSError, ValueError):  # a switch closed it under us
             while True:
@@ -218,6 +234,8 @@ class Link:
                     held = b""
                 data = come.recv(_CHUNK)
                 self._open.wait()
+                if pair.ended:
+                    return
                 if not data:
                     self._pass(direction, go, held)
                     go.shutdown(socket.SHUT_WR)

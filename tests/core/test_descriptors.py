@@ -11,6 +11,7 @@ import threading
 import time
 
 import pytest
+
 from whimbrel import ChannelError, DeadlineExceeded
 from whimbrel.descriptors import (
     DescriptorChannel,
@@ -246,6 +247,7 @@ def test_many_threads_may_close_and_abort(sockets):
     two.close()
 
 
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["pipe", "sockets"])
 def test_abort_by_another_process(kind, request):
     channel, _ = request.getfixturevalue(kind)
@@ -260,6 +262,25 @@ def test_abort_by_another_process(kind, request):
         receiving.result(PATIENCE)
     with pytest.raises(ChannelError, match="was aborted"):
         channel.peek(1, soon())
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["pipe", "sockets"])
+def test_a_forked_child_that_closes_does_no_harm(kind, request):
+    """As happens by itself when it ends: its copies of the objects are collected."""
+    reader, writer = request.getfixturevalue(kind)
+    receiving = Task(lambda: read_exactly(reader, 4))
+    receiving.until_blocked(PATIENCE)
+    pid = os.fork()
+    if pid == 0:
+        reader.close()
+        writer.close()
+        os._exit(0)
+    assert os.waitpid(pid, 0)[1] == 0
+    writer.send([b"more"])
+    assert receiving.result(PATIENCE) == b"more"
+    if kind == "pipe":
+        assert not os.get_blocking(reader.raw_fd("read"))
 
 
 def test_arrays_are_sent_as_bytes(sockets):

@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+
 from whimbrel import Cancelled, ChannelError, DeadlineExceeded
 from whimbrel.waiting import Gate, call_in_thread, pause, wait_any, wait_fd
 from whimbrel_testing.transport_suite import Task, nothing_left_behind

@@ -239,8 +239,9 @@ class DescriptorChannel(Channel):
 
     def _give_back(self, fd: int) -> None:
         """Restore the blocking mode that other holders of the open file rely on."""
-        with contextlib.suppress(OSError):
-            os.set_blocking(fd, self._was_blocking[fd])
+        if not self._gate.forked:
+            with contextlib.suppress(OSError):
+                os.set_blocking(fd, self._was_blocking[fd])
 
     def return_path(self) -> Channel | None:
         return self if self._sock is not None else None
@@ -306,12 +307,13 @@ class SocketListener(Listener):
 
     def close(self) -> None:
         if self._gate.close():
-            self._clean_up()
+            if not self._gate.forked:
+                self._clean_up()
             for sock in self._socks.values():
                 sock.close()
 
     def _clean_up(self) -> None:
-        """What else to remove; called once, while the sockets are still open."""
+        """What else to remove; called once, while the sockets are still open, and not in a forked child."""
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):

@@ -118,6 +118,8 @@ class Gate:
     `fd` becomes readable, and stays so, with signal() or close(): whoever waits must wait for it as well. close()
     returns when all have left, so that descriptors can be closed: a number that somebody still polls could by then be
     another file's.
+
+    A forked child shares `fd`: its signal() reaches the parent as well, its close() does not.
     """
 
     def __init__(self, name: str) -> None:
@@ -127,6 +129,7 @@ class Gate:
         self._aborted = False
         self._inside = 0
         self._changed = threading.Condition()
+        self._pid = os.getpid()
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
@@ -148,6 +151,11 @@ class Gate:
         if self._aborted or self._signalled_by_another_process():
             raise ChannelError(f"{self.name} was aborted")
 
+    @property
+    def forked(self) -> bool:
+        """We are a child process that inherited the gate: what it closes goes on in its parent."""
+        return os.getpid() != self._pid
+
     def signal(self) -> bool:
         """Turn out whoever is inside; nobody gets in any more. False when closed already."""
         with self._changed:
@@ -163,8 +171,9 @@ class Gate:
             if self.closed:
                 return False
             self.closed = True
-            self._wake()
-            self._changed.wait_for(lambda: not self._inside, _PATIENCE)
+            if not self.forked:
+                self._wake()
+                self._changed.wait_for(lambda: not self._inside, _PATIENCE)
             os.close(self.fd)
             return True
 

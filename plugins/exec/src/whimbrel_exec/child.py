@@ -53,6 +53,7 @@ class Child:
         self._ending = threading.Lock()
         self._reaped = False
         with contextlib.ExitStack() as undo:
+            undo.callback(self._gate.close)
             guard_end, self._lifeline = os.pipe()
             undo.callback(os.close, self._lifeline)
             try:
@@ -145,6 +146,11 @@ class Child:
                     os.killpg(self._guard.pid, signal.SIGKILL)
 
     def close(self) -> None:
+        """In a forked child of ours this closes its copies, and leaves the command alone."""
+        if self._gate.forked:
+            if self._gate.close():
+                self._close_fds()
+            return
         self.kill()
         with self._ending:
             if self._reaped:
@@ -158,6 +164,9 @@ class Child:
         self._gate.signal()
         self._drain.join(_PATIENCE)
         self._gate.close()
+        self._close_fds()
+
+    def _close_fds(self) -> None:
         assert self._process.stderr is not None
         self._process.stderr.close()
         os.close(self._pidfd)

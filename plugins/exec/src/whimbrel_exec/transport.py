@@ -88,7 +88,7 @@ class ExecChannel(DescriptorChannel):
         try:
             super().send(buffers)
         except ChannelError:
-            self._check_status(time.monotonic() + _SOON)
+            self._check_end()
             raise
 
     def recv_into(self, view: memoryview) -> int:
@@ -108,12 +108,12 @@ class ExecChannel(DescriptorChannel):
         super().finish(deadline)
         if self.raw_fd("read") is not None or self._pushback:
             rest = memoryview(bytearray(_REST))
-            while super().peek(1, deadline):
+            while super().peek(_REST, deadline):
                 super().recv_into(rest)
         self._check_status(deadline)
 
     def _check_end(self) -> None:
-        """The end of what a command writes is a good one only if the command ended well."""
+        """The end of a pipe is best explained by that of the command: say that, if it comes soon and is a bad one."""
         with contextlib.suppress(DeadlineExceeded):
             self._check_status(time.monotonic() + _SOON)
 
@@ -131,6 +131,7 @@ class ExecChannel(DescriptorChannel):
         self._child.kill()
 
     def close(self) -> None:
-        self._child.kill()  # before its input ends: it must not take that for the end of the stream
+        if not self._gate.forked:
+            self._child.kill()  # before its input ends: it must not take that for the end of the stream
         super().close()
         self._child.close()

@@ -51,7 +51,7 @@ class TcpTransport(Transport):
                 if tried == len(places) - 1:
                     raise
                 failures[place[1][0]] = OSError(errno.ETIMEDOUT, "no answer in time")
-        raise _error("connect to", address, failures)
+        raise _error("connect to", address, failures) from next(iter(failures.values()))
 
     def _connect(
         self, address: TcpAddress, place: Place, cancel_fd: int | None, deadline: float | None

@@ -100,7 +100,6 @@ class _UnixListener(SocketListener):
     def __init__(self, sock: socket.socket, address: UnixAddress, ctx: TransportContext) -> None:
         self._path = os.path.abspath(address.path)  # the directory may be another one in the end
         self._identity = _identity(self._path)
-        self._pid = os.getpid()
         mode = stat.S_IMODE(os.lstat(self._path).st_mode)
         if mode & 0o177:
             self._remove()
@@ -123,7 +122,7 @@ class _UnixListener(SocketListener):
 
     def _remove(self) -> None:
         with contextlib.suppress(OSError):
-            if os.getpid() == self._pid and _identity(self._path) == self._identity:
+            if _identity(self._path) == self._identity:
                 os.unlink(self._path)
 
 

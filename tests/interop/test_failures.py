@@ -216,12 +216,26 @@ def test_live_section_of_a_disk_is_refused_by_name(
     counts_on(source, log)
 
 
-def test_xbzrle_is_refused_by_name(source: Qemu, log: Path, migctl: Start, tmp_path: Path) -> None:
-    source.capabilities(xbzrle=True)
-    receiver = migctl("receive", "tcp:127.0.0.1:0", tmp_path / "guest.mig")
+@pytest.mark.parametrize(
+    ("capability", "reason"),
+    [
+        ("xbzrle", "capability xbzrle"),
+        ("compress", "capability compress"),
+        ("postcopy-ram", "POSTCOPY_ADVISE needs a capability"),
+        ("x-ignore-shared", "capability x-ignore-shared"),
+    ],
+)
+def test_what_needs_a_capability_is_refused_by_name(
+    source: Qemu, log: Path, migctl: Start, capability: str, reason: str
+) -> None:
+    file = log.with_name("guest.mig")
+    source.capabilities(**{capability: True})
+    receiver = migctl("receive", "tcp:127.0.0.1:0", file)
+    # Slow enough for a second pass, where xbzrle begins.
     source.migrate(receiver.address(), max_bandwidth=32 * MIB, downtime_limit=1)
-    assert "xbzrle" in receiver.failed()
+    assert reason in receiver.failed()
     source.wait_migration("failed")
+    assert nothing_kept(file)
     counts_on(source, log)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from whimbrel_qemu import Guest, load
 from whimbrel_testing.peers import Qemu, QemuFactory, wait_until
 from whimbrel_testing.qemu_guest import (
     MIB,
@@ -200,3 +201,68 @@ def test_file_can_be_sent_again_and_again(
         wait_counting(before, after, beyond=last_number(before))
         target.qmp("stop")
         check_count(before, after)
+
+
+#: Devices of many kinds: on PCI and PCI express, USB, sound, an opaque one (the user network), two CPUs.
+RICH = (
+    *("-smp", "2", "-m", "64M", "-S"),
+    *("-rtc", "base=2020-01-01,clock=vm"),  # it stands still with the machine
+    *("-device", "VGA", "-device", "virtio-balloon-pci", "-device", "virtio-rng-pci"),
+    *("-netdev", "user,id=n0", "-device", "virtio-net-pci,netdev=n0", "-device", "e1000"),
+    *("-device", "qemu-xhci", "-device", "usb-tablet", "-device", "usb-kbd"),
+    *("-audiodev", "none,id=a", "-device", "AC97,audiodev=a"),
+    *("-device", "intel-hda", "-device", "hda-duplex,audiodev=a"),
+    *("-device", "virtio-serial-pci", "-device", "nec-usb-xhci", "-device", "lsi53c895a"),
+)
+UUID = "00112233-4455-6677-8899-aabbccddeeff"
+
+
+def differing_devices(one: Guest, other: Guest) -> list[str]:
+    assert one.tail is not None
+    assert other.tail is not None
+    a, b = one.tail.payloads(), other.tail.payloads()
+    assert [(d.name, d.instance_id) for d, _ in a] == [(d.name, d.instance_id) for d, _ in b]
+    return [d.name for (d, x), (_, y) in zip(a, b, strict=True) if x != y]
+
+
+@pytest.mark.parametrize(
+    "machine",
+    [
+        ("-machine", "pc-i440fx-7.2"),
+        (
+            "-machine",
+            "pc-q35-7.2",
+            "-device",
+            "pcie-root-port,id=p",
+            "-device",
+            "e1000e,bus=p",
+        ),
+    ],
+    ids=["pc", "q35"],
+)
+def test_devices_of_all_kinds_pass(
+    qemu: QemuFactory, migctl: Callable[..., Migctl], tmp_path: Path, machine: tuple[str, ...]
+) -> None:
+    """With a UUID that both sides check, kept in the file like the rest of the configuration."""
+    args = (*machine, *RICH, "-uuid", UUID)
+    file = tmp_path / "guest.mig"
+    source = qemu(*args, capabilities={"return_path": True, "validate_uuid": True})
+    receiver = migctl("receive", "tcp:127.0.0.1:0", file)
+    source.migrate(receiver.address(), max_bandwidth=0)
+    received = receiver.succeeded("received")
+    source.wait_migration("completed")
+    assert received["sections"] > 40
+    uri = f"unix:{tmp_path}/in"
+    target = qemu(*args, incoming=uri, capabilities={"validate_uuid": True})
+    assert migctl("send", file, uri).succeeded("sent")["acknowledged"]
+    target.wait_status("prelaunch", "paused")
+    assert target.stderr == source.stderr
+    # What QEMU made of it, it gives back: byte for byte, since the machine never ran.
+    again = tmp_path / "again.mig"
+    receiver = migctl("receive", "tcp:127.0.0.1:0", again)
+    target.migrate(receiver.address(), max_bandwidth=0)
+    receiver.succeeded("received")
+    assert differing_devices(load(file), load(again)) == []
+    assert [bytes(b.memory) for b in load(file).blocks] == [
+        bytes(b.memory) for b in load(again).blocks
+    ]

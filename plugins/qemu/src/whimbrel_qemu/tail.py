@@ -48,12 +48,15 @@ class Tail:
     vmdescription: bytes
     description: vmdesc.Description
 
+    def payloads(self) -> list[tuple[vmdesc.Device, memoryview]]:
+        """Each device with the bytes of its payload, in the order of the stream."""
+        walk = _Walk(memoryview(self.sections))
+        return [(device, walk.device(device)) for device in self.description.devices]
+
     @property
     def run_state(self) -> str | None:
         """What the section `globalstate` says the machine did before it was stopped; None without that section."""
-        reader = _Walk(memoryview(self.sections))
-        for device in self.description.devices:
-            payload = reader.device(device)
+        for device, payload in self.payloads():
             if device.name == "globalstate":  # u32 length, then NUL-padded text
                 return bytes(payload[4:]).split(b"\0")[0].decode("ascii", "backslashreplace")
         return None

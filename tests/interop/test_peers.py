@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from whimbrel_testing.guest.counter import boot_sector
-from whimbrel_testing.peers import QemuFactory, QmpError
+from whimbrel_testing.peers import QemuFactory, QmpError, missing_peer, wait_until
 from whimbrel_testing.qemu_guest import (
     FilledGuest,
     check_count,
@@ -83,3 +83,40 @@ def test_a_refused_command_is_an_error(qemu: QemuFactory) -> None:
 def test_boot_sector_refuses_what_its_timer_cannot() -> None:
     with pytest.raises(ValueError, match="19 Hz"):
         boot_sector(hz=10)
+
+
+def test_missing_peer_is_a_skip_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WHIMBREL_REQUIRE_PEERS", raising=False)
+    with pytest.raises(pytest.skip.Exception, match="no such peer"):
+        missing_peer("no such peer")
+
+
+def test_missing_peer_is_a_failure_where_peers_are_required(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WHIMBREL_REQUIRE_PEERS", "1")
+    with pytest.raises(pytest.fail.Exception, match="no such peer"):
+        missing_peer("no such peer")
+
+
+def test_waiting_says_what_for() -> None:
+    with pytest.raises(TimeoutError, match="no miracle within"):
+        wait_until(lambda: None, "miracle", timeout=0.05)
+
+
+def test_count_that_misses_repeats_or_tears_a_line_is_found(tmp_path: Path) -> None:
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.write_bytes(b"00000001\n00000002\n000")
+    for tail, message in (
+        (b"00003\n00000004\n0000", None),
+        (b"00004\n", "expected 00000003"),
+        (b"00003\n00000003\n", "expected 00000004"),
+        (b"00000003\n", "expected 00000003"),
+        (b"00003\nBAD PAGE\n", "not what it wrote"),
+    ):
+        after.write_bytes(tail)
+        if message is None:
+            assert check_count(before, after) == 4
+            continue
+        with pytest.raises(AssertionError, match=message):
+            check_count(before, after)

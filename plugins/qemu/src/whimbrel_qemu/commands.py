@@ -10,7 +10,7 @@ import sys
 import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -27,21 +27,17 @@ _SHOW_AFTER = 1.0  # seconds
 _PER_SECOND = 8
 
 
-class _Size(click.ParamType[int]):
+def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     """Bytes, with the units that every size of whimbrel has: 512M, 1GiB, 1.5g."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> int:
-        if isinstance(value, int):
-            return value
-        setting = Parameter(
-            name="size", help="", type=Type.SIZE, default=0, minimum=0, maximum=SIZE_MAX
-        )
-        try:
-            return int(convert(setting, value))
-        except SettingError as error:
-            self.fail(str(error), param, ctx)
+    if value is None:
+        return None
+    setting = Parameter(
+        name="size", help="", type=Type.SIZE, default=0, minimum=0, maximum=SIZE_MAX
+    )
+    try:
+        return int(convert(setting, value))
+    except SettingError as error:
+        raise click.BadParameter(str(error)) from error
 
 
 # ---- output
@@ -151,7 +147,10 @@ Example: a running QEMU guest becomes a file, and later runs on elsewhere.
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("-f", "--force", is_flag=True, help="Replace FILE if it exists.")
 @click.option(
-    "--max-ram", type=_Size(), metavar="SIZE", help="Refuse a machine with more RAM.  [default: 1T]"
+    "--max-ram",
+    callback=_size,
+    metavar="SIZE",
+    help="Refuse a machine with more RAM.  [default: 1T]",
 )
 @_JSON
 def receive(uri: str, file: Path, force: bool, max_ram: int | None, as_json: bool) -> None:
@@ -222,8 +221,8 @@ The QEMU at the other end is started with the same machine and devices as the so
 )
 @click.option(
     "--bandwidth",
-    type=_Size(),
-    default=0,
+    callback=_size,
+    default="0",
     metavar="SIZE",
     help="Bytes per second.  [default: unlimited]",
 )

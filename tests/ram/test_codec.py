@@ -5,8 +5,7 @@ import struct
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from whimbrel import EndOfStream, StreamError
 from whimbrel_ram import Decoder, Encoder

@@ -80,7 +80,7 @@ def _probe_blocks(uffd: int, blocks: Sequence[RAMBlock]) -> str | None:
         except OSError as error:
             why = {
                 errno.EBUSY: "another userfaultfd watches it",
-                errno.EINVAL: "the kernel tracks anonymous memory, memfd and tmpfs only, not other files",
+                errno.EINVAL: "this kernel does not track memory of that kind",
                 errno.EPERM: "it is mapped without the right to write",
             }.get(error.errno or 0, error.strerror or "")
             return f"the memory of RAM block '{block.idstr}' cannot be tracked: {why}"

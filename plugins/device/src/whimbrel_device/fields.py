@@ -7,7 +7,7 @@ validator   an attrs validator; it also runs when the field was loaded, and refu
 name        in the vmdescription, where it shall not be the attribute's
 since       the first version of the class that has the field; until: the last
 exists      exists(obj) -> bool: whether the field is present, judged by earlier fields
-repr, eq, kw_only   as in attrs
+repr, eq, kw_only, init   as in attrs
 
 The JSON types in the vmdescription are QEMU's.
 """
@@ -40,6 +40,7 @@ class Options(TypedDict, total=False):
     repr: bool
     eq: bool
     kw_only: bool
+    init: bool
 
 
 #: A class with a layout, or (for one that is not defined yet) a function that gives it.
@@ -179,19 +180,26 @@ def cpu_double(**options: Unpack[Options]) -> Any:
 # ---- bytes and bits
 
 
-def buffer(size: int | str, *, limit: int = MAX_BYTES, **options: Unpack[Options]) -> Any:
+def buffer(
+    size: int | str,
+    *,
+    mutable: bool = False,
+    limit: int = MAX_BYTES,
+    **options: Unpack[Options],
+) -> Any:
     """Raw bytes: size of them, or as many as the earlier field of that name says (at most limit).
 
-    The value is bytes; a bytearray or a writable memoryview of that length is filled in place by a load.
+    The value is bytes. A bytearray (which mutable=True starts with) or a writable memoryview of that length is filled in
+    place by a load.
     """
-    return _field(kinds.Buffer(size, limit), options)
+    return _field(kinds.Buffer(size, limit, mutable=mutable), options)
 
 
 def opaque(
     size: int | str, kind: str, *, limit: int = MAX_BYTES, **options: Unpack[Options]
 ) -> Any:
     """A buffer that has another type in the vmdescription: 'pci config', 'msix state', ..."""
-    return _field(kinds.Buffer(size, limit, kind), options)
+    return _field(kinds.Buffer(size, limit, kind=kind), options)
 
 
 def unused(size: int, **options: Unpack[Options]) -> Any:
@@ -199,6 +207,7 @@ def unused(size: int, **options: Unpack[Options]) -> Any:
     options.setdefault("name", "unused")
     options.setdefault("repr", False)
     options.setdefault("eq", False)
+    options.setdefault("init", False)
     return _field(kinds.Unused(size), options)
 
 
@@ -232,6 +241,7 @@ def tmp(of: StructClass, **options: Unpack[Options]) -> Any:
     """
     options.setdefault("repr", False)
     options.setdefault("eq", False)
+    options.setdefault("init", False)
     return _field(kinds.Tmp(_lazy(of)), options)
 
 

@@ -145,7 +145,10 @@ class Buffer(Kind):
     place.
     """
 
-    def __init__(self, size: int | str, limit: int, kind: str = "buffer") -> None:
+    def __init__(
+        self, size: int | str, limit: int, *, kind: str = "buffer", mutable: bool = False
+    ) -> None:
+        self._make = bytearray if mutable else bytes
         self._size = size
         self.depends = size if isinstance(size, str) else None
         self._limit = limit
@@ -153,7 +156,7 @@ class Buffer(Kind):
         self.uniform = isinstance(size, int)
 
     def default(self) -> Any:
-        return bytes(self._size) if isinstance(self._size, int) else b""
+        return self._make(self._size if isinstance(self._size, int) else 0)
 
     def write(self, run: SaveRun, owner: object, value: Any) -> list[Entry]:
         size = run.number(self._size, owner, self._limit)

@@ -161,11 +161,13 @@ class Layout:
                 continue
             child = _child_name(name, layout.name)
             with run.at(f".{member.name}"):
+                run.check_subsection(child)
                 run.out += bytes((ItemType.SUBSECTION,)) + counted(child)
                 run.out += struct.pack(">I", layout.version_id)
                 written.append(layout.write(run, value, version=layout.version_id, full_name=child))
         if written:
             described["subsections"] = written
+        run.ended(name)
         _hook(run, obj, "post_save")
         return described
 
@@ -271,7 +273,7 @@ def _assign(run: LoadRun, staged: Staged, member: Member) -> None:
 def _hook(run: SaveRun | LoadRun, obj: object, name: str, *args: object) -> None:
     function = getattr(obj, name, None)
     if function is not None:
-        run.call(f"{name}() failed", function, *args)
+        run.call(f"{name}() of {type(obj).__name__} failed", function, *args)
 
 
 def _struct(member: Member) -> Struct:

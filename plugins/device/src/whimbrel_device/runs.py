@@ -23,7 +23,10 @@ class _Run:
 
     @property
     def path(self) -> str:
-        return "".join(self._path).lstrip(".") or "(the whole)"
+        return "".join(self._path).lstrip(".")
+
+    def _subject(self) -> str:
+        return f"field {self.path}" if self._path else "the section"
 
     @contextlib.contextmanager
     def at(self, step: str) -> Iterator[None]:
@@ -72,6 +75,26 @@ class SaveRun(_Run):
     def __init__(self, section: str) -> None:
         super().__init__(section)
         self.out = bytearray()
+        self._ended_at = 0
+        self._ended: list[str] = []
+
+    def ended(self, name: str) -> None:
+        """A struct or subsection of that vmsd_name ends here."""
+        if self._ended_at != len(self.out):
+            self._ended.clear()
+            self._ended_at = len(self.out)
+        self._ended.append(name)
+
+    def check_subsection(self, name: str) -> None:
+        """What ended just here would take a subsection whose name begins with its own for one that it does not know."""
+        if self._ended_at != len(self.out):
+            return
+        for taker in self._ended:
+            if name.startswith(taker) and name != taker:
+                raise self.fail(
+                    f"subsection '{name}' right behind '{taker}' would be taken for one of the latter",
+                    hint="Put a field between them, or give one of the two another name",
+                )
 
     def fail(
         self,
@@ -82,7 +105,7 @@ class SaveRun(_Run):
         hint: str | None = None,
     ) -> MigrationError:
         return LocalError(
-            f"field {self.path} cannot be saved: {message}",
+            f"{self._subject()} cannot be saved: {message}",
             section=self.section,
             expected=expected,
             found=found,
@@ -119,7 +142,7 @@ class LoadRun(_Run):
             yield
         except EndOfStream as error:
             raise EndOfStream(
-                f"the stream ended in field {self.path}",
+                f"the stream ended in {self._subject()}",
                 section=self.section,
                 offset=error.offset,
                 expected=error.expected,
@@ -134,7 +157,7 @@ class LoadRun(_Run):
         hint: str | None = None,
     ) -> MigrationError:
         return StreamError(
-            f"field {self.path} cannot be loaded: {message}",
+            f"{self._subject()} cannot be loaded: {message}",
             section=self.section,
             offset=self.offset,
             expected=expected,

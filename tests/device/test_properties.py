@@ -71,11 +71,10 @@ class Maker:
 
     def pointers(self, depth):
         """Both sides have elements at the same places: a new object has them there as well."""
-        make, value = self.field(depth - 1, SINGLE)
+        cls, value = self.cls(depth - 1)
         there = self.draw(st.lists(st.booleans(), max_size=5))
-        first = [value() if p else None for p in there]
-        default = attrs.Factory(lambda: copy.deepcopy(first))
-        made = partial(wd.pointers, make(), len(there), default=default)
+        default = attrs.Factory(lambda: [cls() if p else None for p in there])
+        made = partial(wd.pointers, cls, len(there), default=default)
         return made, lambda: [value() if p else None for p in there]
 
     def struct(self, depth):

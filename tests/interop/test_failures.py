@@ -5,6 +5,8 @@ import os
 import resource
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +86,40 @@ def test_receiver_killed_in_the_middle(
     receiver.process.send_signal(signal.SIGKILL)
     source.wait_migration("failed")
     assert nothing_kept(file)
+    counts_on(source, log)
+
+
+#: A receive that is killed when everything has arrived and the first byte of the file is about to be written.
+KILLED_AT_THE_END = """
+import os, signal, sys
+from whimbrel_qemu import Progress, receive
+class Killed(Progress):
+    def begin(self, phase, *args):
+        super().begin(phase, *args)
+        if phase == "writing":
+            os.kill(os.getpid(), signal.SIGKILL)
+receive(sys.argv[1], sys.argv[2], progress=Killed(), on_listening=lambda a: print(*a, flush=True))
+"""
+
+
+def test_receiver_killed_when_all_has_arrived(source: Qemu, log: Path, tmp_path: Path) -> None:
+    """The source's machine stands still by then, and waits for the answer that never comes."""
+    file = tmp_path / "guest.mig"
+    source.capabilities(return_path=True)
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED_AT_THE_END, f"unix:{tmp_path}/m", str(file)],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as receiver:
+        assert receiver.stdout is not None
+        source.migrate(receiver.stdout.readline().strip())
+        assert receiver.wait(PATIENCE) == -signal.SIGKILL
+    source.wait_migration("failed")
+    assert not file.exists()
+    with pytest.raises(MigrationError):
+        load(tmp_path / "guest.mig.partial")
+    if source.status() != "running":
+        source.qmp("cont")
     counts_on(source, log)
 
 
@@ -216,6 +252,19 @@ def test_live_section_of_a_disk_is_refused_by_name(
     counts_on(source, log)
 
 
+def test_live_section_of_dirty_bitmaps_is_refused_by_name(
+    qemu: QemuFactory, migctl: Start, tmp_path: Path
+) -> None:
+    source = qemu("-S", "-blockdev", "driver=null-co,node-name=n0,size=1048576")
+    source.qmp("block-dirty-bitmap-add", node="n0", name="b0")
+    source.capabilities(dirty_bitmaps=True, return_path=True)
+    receiver = migctl("receive", "tcp:127.0.0.1:0", tmp_path / "guest.mig")
+    source.migrate(receiver.address())
+    message = receiver.failed()
+    assert "live section 'dirty-bitmap'" in message
+    assert "dirty-bitmaps off" in message
+
+
 @pytest.mark.parametrize(
     ("capability", "reason"),
     [
@@ -229,7 +278,7 @@ def test_what_needs_a_capability_is_refused_by_name(
     source: Qemu, log: Path, migctl: Start, capability: str, reason: str
 ) -> None:
     file = log.with_name("guest.mig")
-    source.capabilities(**{capability: True})
+    source.capabilities(return_path=True, **{capability: True})
     receiver = migctl("receive", "tcp:127.0.0.1:0", file)
     # Slow enough for a second pass, where xbzrle begins.
     source.migrate(receiver.address(), max_bandwidth=32 * MIB, downtime_limit=1)
@@ -312,6 +361,22 @@ def test_destination_that_is_another_machine_refuses(
     assert "destination" in message
     assert target.wait_exit() == 1
     assert load(kept).run_state == "running"
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_sender_gone_in_the_middle(
+    qemu: QemuFactory, guest: CountingGuest, kept: Path, migctl: Start, number: int
+) -> None:
+    """The destination gives up; the file is as it was."""
+    uri = f"unix:{kept.parent}/in"
+    content = kept.read_bytes()
+    target = qemu(*guest.args(kept.with_name("target.log")), incoming=uri)
+    sender = migctl("send", kept, uri, "--bandwidth", "1M")
+    wait_until(lambda: target.migration().get("status") == "active", "an active target")
+    sender.process.send_signal(number)
+    assert sender.process.wait(PATIENCE) == (-9 if number == signal.SIGKILL else 130)
+    assert target.wait_exit() == 1
+    assert kept.read_bytes() == content
 
 
 def test_nobody_listens(kept: Path, migctl: Start, tmp_path: Path) -> None:

@@ -41,6 +41,12 @@ from whimbrel_qemu.progress import Progress
 _MULTIFD = bytes.fromhex("11223344")
 _PATIENCE = 1.0  # seconds to wait for it
 
+_BROKE_OFF = "The source broke off: its own log says why, and it still has its machine"
+_NOT_TOLD = (
+    "The source asks for no answer (capability return-path) and may believe that its machine has moved:"
+    " 'cont' there lets it run on"
+)
+
 log = logging.getLogger("whimbrel.qemu")
 
 
@@ -81,6 +87,8 @@ class _WayBack:
             if self._answers is None:
                 raise StreamError("PING without a return path", offset=inp.position)
             self.pong(struct.unpack(">I", data)[0])
+        elif command is Command.POSTCOPY_ADVISE and not data:
+            pass  # the short form: a section dirty-bitmap may follow, which is refused by its own name
         elif command is not Command.SWITCHOVER_START:
             raise StreamError(
                 f"command {command.name} needs a capability that this side does not have",
@@ -120,7 +128,9 @@ def receive(
 ) -> Received:
     """Listen at uri, take one migration, and keep it in the file.
 
-    force: replace a file that exists. max_ram: bytes of RAM that are accepted. on_listening is told the real addresses, as URIs, once a source can connect.
+    force: replace a file that exists. max_ram: bytes of RAM that are accepted. named_fds: descriptors for fd:NAME.
+    on_listening is told the real addresses, as URIs, once a source can connect.
+
     The source gets its acknowledgement after the file has been synced to disk; whatever fails before makes it run on.
     Until then there is no file of that name, only, while it is being written, one with `.partial` behind the name.
 
@@ -168,7 +178,6 @@ def receive_from(
     way_back = _WayBack(channel)
     inp = InStream(channel)
     began = time.monotonic()
-    loaded = False
     progress.begin("receiving", lambda: inp.position)
     try:
         guest = read_guest(
@@ -179,15 +188,13 @@ def receive_from(
             max_ram=max_ram,
         )
         check_others()
-        loaded = True
         file_bytes = _store(guest, target, force, progress)
     except BaseException as error:
         told = way_back.shut(1)
-        if isinstance(error, EndOfStream) and error.hint is None:
-            error.hint = "The source broke off: its own log says why, and it still has its machine"
-        if loaded and not told and isinstance(error, MigrationError):
-            # Nothing but an answer could have told the source: it is paused, in postmigrate.
-            error.hint = f"{error.hint or ''} The source believes that its machine has moved: 'cont' there lets it run on".strip()
+        if isinstance(error, EndOfStream):
+            error.hint = error.hint or _BROKE_OFF
+        elif isinstance(error, MigrationError) and not told:
+            error.hint = f"{error.hint}. {_NOT_TOLD}" if error.hint else _NOT_TOLD
         raise
     return Received(
         path=target,

@@ -95,7 +95,7 @@ def send(
     """Read the file and migrate what is in it to uri. The file is never changed.
 
     return_path: ask the destination for an answer, where the transport has a way back. max_bandwidth in bytes per
-    second, 0 is unlimited. Raises as load() and Kernel.migrate(), and what the migration ended with (PeerError,
+    second, 0 is unlimited. named_fds: descriptors for fd:NAME. Raises as load() and Kernel.migrate(), and what the migration ended with (PeerError,
     ChannelError, OutcomeUnknown); KeyboardInterrupt cancels it.
     """
     progress = progress if progress is not None else Progress()

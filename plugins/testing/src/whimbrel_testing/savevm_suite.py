@@ -64,12 +64,13 @@ class Sent:
 class _Dribble(MemoryChannel):
     """Gives a few bytes at a time, as a slow link does."""
 
-    def __init__(self, data: Buffer, rng: random.Random) -> None:
+    def __init__(self, data: Buffer, pieces: Sequence[int]) -> None:
         super().__init__(data)
-        self._rng = rng
+        self._pieces = pieces
+        self._rng = random.Random(2)
 
     def recv_into(self, view: memoryview) -> int:
-        return super().recv_into(view[: self._rng.choice((1, 2, 7, 1000, 4096))])
+        return super().recv_into(view[: self._rng.choice(self._pieces)])
 
 
 class _Broken(MemoryChannel):
@@ -214,9 +215,10 @@ class SaveVMHandlerSuite:
         assert self.state(destination) == before
         assert self.state(source) == before, "sending changed the source"
 
-    def test_received_in_small_pieces(self) -> None:
+    @pytest.mark.parametrize("pieces", [(1,), (1, 2, 7, 1000, 4096)], ids=["bytes", "pieces"])
+    def test_received_in_small_pieces(self, pieces: tuple[int, ...]) -> None:
         source, destination = self.make_source(), self.make_destination()
-        channel = _Dribble(self.send(source).data, random.Random(2))
+        channel = _Dribble(self.send(source).data, pieces)
         self.load(b"", destination, channel=channel)
         assert self.state(destination) == self.state(source)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array as array_module
 import struct as pystruct
 
 import attrs
@@ -454,6 +455,24 @@ def test_objects_are_loaded_in_place():
     assert parts[3] == b"ab"
     assert memory == b"\0cd\0"
     assert all(a is b for a, b in zip(parts, (obj.pair, *obj.pairs, obj.raw), strict=True))
+
+
+def test_buffers_of_another_length_or_read_only_are_replaced():
+    @vmstate("whole")
+    class Whole:
+        n: int = u8()
+        raw: object = buffer("n")
+        array: object = buffer(4, default=attrs.Factory(lambda: array_module.array("H", [1, 2])))
+        fixed: object = buffer(1, default=memoryview(b"f"))
+
+    obj = Whole(raw=bytearray(5))
+    numbers = obj.array
+    decode(obj, b"\2abWXYZg")
+    assert obj.raw == bytearray(b"ab")
+    assert isinstance(obj.raw, bytearray)
+    assert obj.array is numbers
+    assert numbers.tobytes() == b"WXYZ"
+    assert obj.fixed == b"g"
 
 
 def test_hooks_are_called_inner_objects_first():

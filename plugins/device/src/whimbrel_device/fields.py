@@ -189,8 +189,8 @@ def buffer(
 ) -> Any:
     """Raw bytes: size of them, or as many as the earlier field of that name says (at most limit).
 
-    The value is bytes. A bytearray (which mutable=True starts with) or a writable memoryview of that length is filled in
-    place by a load.
+    The value is bytes. A bytearray (which mutable=True starts with) or anything else that gives a writable memoryview of
+    that length (mmap, an array) is filled in place by a load.
     """
     return _field(kinds.Buffer(size, limit, mutable=mutable), options)
 

@@ -141,9 +141,7 @@ class Checked(Scalar):
 
 
 class Buffer(Kind):
-    """Raw bytes of a fixed number, or as many as an earlier field says. A bytearray or writable memoryview is filled in
-    place.
-    """
+    """Raw bytes of a fixed number, or as many as an earlier field says. What is writable is filled in place."""
 
     def __init__(
         self, size: int | str, limit: int, *, kind: str = "buffer", mutable: bool = False
@@ -173,13 +171,13 @@ class Buffer(Kind):
         return run.read(run.number(self._size, owner, self._limit))
 
     def settle(self, run: LoadRun, current: Any, value: Any) -> Any:
-        if isinstance(current, bytearray):
-            if len(current) != len(value):
-                return bytearray(value)
-        elif not isinstance(current, memoryview) or current.readonly:
+        try:
+            view = memoryview(current).cast("B")
+        except TypeError:  # nothing there, or something that has no bytes in one piece
             return value
-        view = memoryview(current).cast("B")
         if len(view) != len(value):
+            return bytearray(value) if isinstance(current, bytearray) else value
+        if view.readonly:
             return value
         old = bytes(view)
 

@@ -22,7 +22,6 @@ class Migctl:
         args: Sequence[str],
         *,
         pass_fds: Sequence[int] = (),
-        preexec: Callable[[], None] | None = None,
     ) -> None:
         program = shutil.which("migctl", path=str(Path(sys.executable).parent))
         assert program is not None, "whimbrel-cli is not installed in this environment"
@@ -33,7 +32,6 @@ class Migctl:
             stderr=subprocess.PIPE,
             text=True,
             pass_fds=pass_fds,
-            preexec_fn=preexec,  # noqa: PLW1509
         )
 
     def event(self, name: str) -> dict[str, Any]:
@@ -79,9 +77,8 @@ def migctl() -> Iterator[Callable[..., Migctl]]:
         def start(
             *args: object,
             pass_fds: Sequence[int] = (),
-            preexec: Callable[[], None] | None = None,
         ) -> Migctl:
-            process = Migctl([str(a) for a in args], pass_fds=pass_fds, preexec=preexec)
+            process = Migctl([str(a) for a in args], pass_fds=pass_fds)
             running.callback(process.close)
             return process
 

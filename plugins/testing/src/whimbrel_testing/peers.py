@@ -106,9 +106,8 @@ class Qemu:
         incoming: str | None = None,
         capabilities: Mapping[str, bool] | None = None,
         pass_fds: Sequence[int] = (),
-        preexec: Callable[[], None] | None = None,
     ) -> None:
-        """incoming: a URI to listen at, before this returns. capabilities: set before that. preexec: runs in the child, for limits.
+        """incoming: a URI to listen at, before this returns. capabilities: set before that.
 
         Raises RuntimeError with what QEMU said when it does not come up.
         """
@@ -127,7 +126,6 @@ class Qemu:
                 stdout=self._errors,
                 stderr=self._errors,
                 pass_fds=(fd, *pass_fds),
-                preexec_fn=preexec,  # noqa: PLW1509
             )
         self._monitor = _Monitor(ours)
         try:
@@ -240,7 +238,6 @@ class QemuFactory(Protocol):
         incoming: str | None = None,
         capabilities: Mapping[str, bool] | None = None,
         pass_fds: Sequence[int] = (),
-        preexec: Callable[[], None] | None = None,
     ) -> Qemu:
         """Start one; it is killed at the end of the test."""
 
@@ -269,7 +266,6 @@ def qemu(qemu_binary: str) -> Iterator[QemuFactory]:
             incoming: str | None = None,
             capabilities: Mapping[str, bool] | None = None,
             pass_fds: Sequence[int] = (),
-            preexec: Callable[[], None] | None = None,
         ) -> Qemu:
             peer = Qemu(
                 qemu_binary,
@@ -277,7 +273,6 @@ def qemu(qemu_binary: str) -> Iterator[QemuFactory]:
                 incoming=incoming,
                 capabilities=capabilities,
                 pass_fds=pass_fds,
-                preexec=preexec,
             )
             running.callback(peer.close)
             return peer

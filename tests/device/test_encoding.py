@@ -517,6 +517,33 @@ def test_hooks_are_called_inner_objects_first():
     assert calls == ["pre_load", "inner pre_load 0", "inner post_load 4 7", "post_load 4 9 1"]
 
 
+def test_post_save_is_called_after_a_failure_as_well():
+    calls = []
+
+    @vmstate("locked")
+    class Locked:
+        x: int = u8()
+
+        def post_save(self):
+            calls.append("post_save")
+
+    with pytest.raises(LocalError, match="field x cannot be saved"):
+        encode(Locked(x=256))
+    assert calls == ["post_save"]
+
+
+@pytest.mark.parametrize("hook", ["pre_save", "post_save"])
+def test_a_failing_hook_of_the_source_is_named(hook):
+    def fail(self):
+        raise RuntimeError("out of luck")
+
+    cls = vmstate("hooked")(type("Hooked", (), {hook: fail}))
+    with pytest.raises(
+        LocalError, match=rf"the section cannot be saved: {hook}\(\) of Hooked.*luck"
+    ):
+        encode(cls())
+
+
 def test_a_refusal_by_post_load_takes_everything_back():
     @vmstate("strict")
     class Strict:

@@ -110,12 +110,18 @@ def test_what_the_decorator_says_is_what_the_handler_says():
     assert handler.unmigratable == "busy"
 
 
+@pytest.mark.parametrize("address", ["a" * 250, "käfer"])
+def test_a_name_that_no_section_can_have(address):
+    with pytest.raises(LocalError, match="cannot be the name"):
+        ids(Bridge(address))
+
+
 def test_only_devices_have_handlers():
     with pytest.raises(TypeError, match="is no device"):
         DeviceHandler(SimpleNamespace())
 
 
-def stream(source: Machine) -> tuple[bytes, dict[str, Any]]:
+def stream(source: Machine) -> bytes:
     out = OutStream(MemoryChannel())
     driver = SaveDriver(out, source, handlers_for(source), Dialect())
     driver.header(Configuration(machine_type=source.machine_type))
@@ -124,7 +130,7 @@ def stream(source: Machine) -> tuple[bytes, dict[str, Any]]:
     out.write(driver.tail())
     out.flush()
     channel: Any = out.channel
-    return bytes(channel.data), {}
+    return bytes(channel.data)
 
 
 def load(data: bytes, destination: Machine) -> None:
@@ -135,7 +141,7 @@ def load(data: bytes, destination: Machine) -> None:
 
 def test_a_machine_of_devices_travels():
     parts = (Counter(ticks=5), Serial(x=1), Counter(ticks=6), Bridge(x=9))
-    data, _ = stream(machine(*parts))
+    data = stream(machine(*parts))
     fresh = (Counter(), Serial(), Counter(), Bridge())
     load(data, machine(*fresh))
     assert fresh == parts
@@ -146,7 +152,7 @@ def test_a_machine_of_devices_travels():
 
 
 def test_a_failed_section_leaves_the_later_ones_as_they_were():
-    data, _ = stream(machine(Counter(ticks=5), Serial(x=1), Counter(ticks=6)))
+    data = stream(machine(Counter(ticks=5), Serial(x=1), Counter(ticks=6)))
     fresh = (Counter(), Serial(), Counter())
     with pytest.raises(StreamError, match="unknown section 'serial'"):
         load(data, machine(fresh[0], fresh[2]))

@@ -48,7 +48,7 @@ def vmstate(
 
     Methods that are called if they exist:
 
-    pre_save()              before the object is saved; post_save() after it
+    pre_save()              before the object is saved; post_save() after it, also when that failed
     pre_load()              the payload has been read whole and was found good: just before values are assigned
     post_load(version_id)   all values of the section are assigned; it may raise to refuse them, and they are taken back
     needed() -> bool        of a subsection: whether it must be sent

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from whimbrel.wire.items import SectionHeader
 
 
+_LONGEST = 255  # a counted string
+
+
 def info_of(device: object) -> DeviceInfo | None:
     """What @device noted for the class of this object, or None: it is not a device."""
     info = getattr(type(device), DEVICE, None)
@@ -24,8 +27,16 @@ def info_of(device: object) -> DeviceInfo | None:
 
 
 def idstr_of(device: object, info: DeviceInfo) -> str:
+    """The name of the section. Raises LocalError where it is too long for one."""
     path = info.path(device) if info.path is not None else None
-    return f"{path}/{info.idstr}" if path else info.idstr
+    idstr = f"{path}/{info.idstr}" if path else info.idstr
+    if len(idstr) > _LONGEST or not idstr.isascii():
+        raise LocalError(
+            "this cannot be the name of a section",
+            section=idstr,
+            expected=f"ASCII, at most {_LONGEST} characters",
+        )
+    return idstr
 
 
 class DeviceHandler(SaveVMHandler):

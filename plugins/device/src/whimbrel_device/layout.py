@@ -143,8 +143,13 @@ class Layout:
 
     def write(self, run: SaveRun, obj: Any, *, version: int, full_name: str | None = None) -> Entry:
         """Append the payload; the members of the vmdescription for it."""
-        name = full_name or self.name
         _hook(run, obj, "pre_save")
+        try:
+            return self._write(run, obj, version, full_name or self.name)
+        finally:
+            _hook(run, obj, "post_save")
+
+    def _write(self, run: SaveRun, obj: Any, version: int, name: str) -> Entry:
         fields: list[Entry] = []
         for member in self.members:
             if not member.present(run, obj, version):
@@ -168,7 +173,6 @@ class Layout:
         if written:
             described["subsections"] = written
         run.ended(name)
-        _hook(run, obj, "post_save")
         return described
 
     @staticmethod

@@ -209,6 +209,30 @@ def test_source_that_stops_within_the_devices(tmp_path: Path) -> None:
     assert not (tmp_path / "never.mig").exists()
 
 
+def test_flipped_bytes_are_named_errors_or_a_legal_stream(tmp_path: Path) -> None:
+    """A flip in a page or in a payload cannot be seen; every other one is an error of ours, never a surprise."""
+    source, whole = App(3), tmp_path / "whole.mig"
+    receiving = Receiving(whole)
+    source.kernel.migrate(receiving.address).wait(30)
+    receiving.wait()
+    data = whole.read_bytes()
+    rng = random.Random(3)
+    # Zero pages are 9 bytes here, so that most flips hit what stands between payloads.
+    seen = {"error": 0, "legal": 0}
+    for _ in range(400):
+        flipped = bytearray(data)
+        flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        part = tmp_path / "flipped"
+        part.write_bytes(flipped)
+        try:
+            load(part)
+            seen["legal"] += 1
+        except MigrationError as error:
+            seen["error"] += 1
+            assert error.offset is not None or error.section is not None
+    assert seen["error"] > 0 < seen["legal"]
+
+
 def test_a_file_that_came_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     source, file = App(), tmp_path / "app.mig"
     receiving = Receiving(file)

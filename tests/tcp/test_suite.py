@@ -2,30 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
-
 import pytest
 
 import whimbrel_tcp.plugin
-from whimbrel_testing.transport_suite import Ends, Hang, TransportSuite
-
-
-@contextlib.contextmanager
-def full_backlog():
-    """The address of a listener that answers nobody any more."""
-    with contextlib.ExitStack() as stack:
-        server = stack.enter_context(socket.socket())
-        server.bind(("127.0.0.1", 0))
-        server.listen(0)
-        while True:  # until one gets no answer
-            client = stack.enter_context(socket.socket())
-            client.settimeout(0.1)
-            try:
-                client.connect(server.getsockname())
-            except TimeoutError:
-                break
-        yield server.getsockname()
+from whimbrel_testing.transport_suite import Ends, Hang, TransportSuite, full_backlog
 
 
 class TestTcp(TransportSuite):

@@ -10,11 +10,15 @@ import threading
 import time
 
 import pytest
-from tests.tcp.test_suite import full_backlog
 
 from whimbrel import Cancelled, ChannelError, DeadlineExceeded, Role, TransportContext
 from whimbrel_tcp.transport import TcpTransport
-from whimbrel_testing.transport_suite import Task, nothing_left_behind, read_exactly
+from whimbrel_testing.transport_suite import (
+    Task,
+    full_backlog,
+    nothing_left_behind,
+    read_exactly,
+)
 
 PATIENCE = 10.0
 TCP = TcpTransport()

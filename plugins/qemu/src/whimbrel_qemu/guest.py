@@ -115,9 +115,9 @@ def read_guest(
 ) -> Guest:
     """A whole stream, up to and including its vmdescription.
 
-    on_command takes the source's commands, answer_ping the PING before the end. on_ram_start is
-    called when RAM is about to come, and may raise. max_ram: bytes of RAM that
-    are accepted.
+    on_command takes the source's commands, answer_ping the PING before the end. on_ram_start is called when RAM is
+    about to come, and may raise. max_ram: bytes of RAM that are accepted.
+
     Raises StreamError and EndOfStream with section and offset.
     """
     from whimbrel_qemu.ram import AdoptingRam

@@ -229,8 +229,17 @@ def test_every_flaw_is_found(tmp_path):
     (tmp_path / "test_it.py").write_text(module)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=line", "-p", "no:cacheprovider"]
-        + list(dict.fromkeys(nodes)),
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-rfE",
+            "--tb=line",
+            "-p",
+            "no:cacheprovider",
+            *nodes,
+        ],
         cwd=tmp_path,
         capture_output=True,
         text=True,

@@ -138,7 +138,11 @@ class Link:
         scheme, _, rest = self._target.partition(":")
         if scheme == "unix":
             sock = socket.socket(socket.AF_UNIX)
-            sock.connect(rest)
+            try:
+                sock.connect(rest)
+            except OSError:
+                sock.close()
+                raise
             return sock
         host, _, port = rest.rpartition(":")
         return socket.create_connection((host, int(port)))

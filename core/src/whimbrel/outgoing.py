@@ -8,6 +8,7 @@ after EOF. SHUT 0 says that it has taken over.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import struct
@@ -325,6 +326,10 @@ class Outgoing(Handle):
             return False  # a destination that cannot answer closes when it runs the machine, too
         if isinstance(error, EndOfStream):
             return True
+        # A connection that timed out or lost its way is at its end too, as the system sees it: no proof of anything.
+        cause = error.__cause__
+        if not isinstance(cause, OSError) or cause.errno not in (errno.EPIPE, errno.ECONNRESET):
+            return False
         try:
             return self._answers.channel.peek(1, time.monotonic() + 1.0) == b""
         except MigrationError:

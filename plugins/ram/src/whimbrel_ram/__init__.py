@@ -21,26 +21,15 @@ __all__ = sorted(_MODULE_OF)  # noqa: PLE0605
 
 if TYPE_CHECKING:
     from whimbrel_ram.block import RAMBlock as RAMBlock
-    from whimbrel_ram.codec import Decoder as Decoder
-    from whimbrel_ram.codec import Encoder as Encoder
-    from whimbrel_ram.codec import PageFlag as PageFlag
+    from whimbrel_ram.codec import Decoder as Decoder, Encoder as Encoder, PageFlag as PageFlag
     from whimbrel_ram.handler import RamHandler as RamHandler
     from whimbrel_ram.setup import BlockEntry as BlockEntry
-    from whimbrel_ram.trackers import DirtyTracker as DirtyTracker
-    from whimbrel_ram.trackers import TrackerSpec as TrackerSpec
+    from whimbrel_ram.trackers import DirtyTracker as DirtyTracker, TrackerSpec as TrackerSpec
     from whimbrel_ram.transport import (
         PageTransport as PageTransport,
-    )
-    from whimbrel_ram.transport import (
         Phase as Phase,
-    )
-    from whimbrel_ram.transport import (
         SaveBlock as SaveBlock,
-    )
-    from whimbrel_ram.transport import (
         Sent as Sent,
-    )
-    from whimbrel_ram.transport import (
         StreamPages as StreamPages,
     )
 

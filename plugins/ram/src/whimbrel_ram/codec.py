@@ -67,27 +67,30 @@ DIRECT_PAGE = 64 << 10
 
 
 def zero_map(words: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Which rows are all zero. Three words of each are looked at first; the rest only where those are zero."""
-    last = words.shape[1] - 1
-    zero: NDArray[np.bool_] = (words[:, 0] | words[:, last] | words[:, last * 2 // 5]) == 0
+    """Which rows are all zero. Looks at one word of each, at two more where that is zero, and only then at the rest."""
+    zero: NDArray[np.bool_] = words[:, 0] == 0
     candidates = np.flatnonzero(zero)
     if len(candidates) == len(words):
         zero[:] = np.bitwise_or.reduce(words, axis=1) == 0
-        return zero
-    for i in range(0, len(candidates), 64):  # gathered in pieces that stay in the cache
-        some = candidates[i : i + 64]
-        zero[some] = np.bitwise_or.reduce(words[some], axis=1) == 0
+    elif len(candidates):
+        zero[candidates] = _zero_behind_the_first(words, candidates)
     return zero
 
 
 def zero_map_at(words: NDArray[np.uint64], pages: NDArray[np.intp]) -> NDArray[np.bool_]:
     """zero_map() of scattered rows, without copying those that the first look settles."""
-    last = words.shape[1] - 1
-    zero: NDArray[np.bool_] = (
-        words[pages, 0] | words[pages, last] | words[pages, last * 2 // 5]
-    ) == 0
+    zero: NDArray[np.bool_] = words[pages, 0] == 0
     candidates = np.flatnonzero(zero)
-    for i in range(0, len(candidates), 64):
+    if len(candidates):
+        zero[candidates] = _zero_behind_the_first(words, pages[candidates])
+    return zero
+
+
+def _zero_behind_the_first(words: NDArray[np.uint64], pages: NDArray[np.intp]) -> NDArray[np.bool_]:
+    last = words.shape[1] - 1
+    zero: NDArray[np.bool_] = (words[pages, last] | words[pages, last * 2 // 5]) == 0
+    candidates = np.flatnonzero(zero)
+    for i in range(0, len(candidates), 64):  # gathered in pieces that stay in the cache
         some = candidates[i : i + 64]
         zero[some] = np.bitwise_or.reduce(words[pages[some]], axis=1) == 0
     return zero

@@ -103,7 +103,9 @@ def _holes(block: RAMBlock, fd: int, offset: int) -> NDArray[np.bool_] | None:
     position, end = offset, offset + block.size
     try:
         status = os.fstat(fd)
-        if status.st_blocks * 512 >= status.st_size:  # no holes: do not walk all of it to learn that
+        if (
+            status.st_blocks * 512 >= status.st_size
+        ):  # no holes: do not walk all of it to learn that
             return None
         for _ in range(_MAX_EXTENTS):
             try:

@@ -103,12 +103,8 @@ class PageTransport:
 class StreamPages(PageTransport):
     """Records in the stream, in batches: zero pages of a batch first, then the others."""
 
-    #: Pages looked at for zero in one step.
-    _LOOK = 1024
-
     def __init__(self, page_size: int) -> None:
         self._encoder = Encoder(page_size)
-        self._look = max(1, self._LOOK * 4096 // page_size)
 
     def begin(self, blocks: Sequence[SaveBlock], out: OutStream) -> None:
         self._encoder.restart()
@@ -119,25 +115,26 @@ class StreamPages(PageTransport):
         encoder, idstr = self._encoder, block.block.wire_idstr
         start = out.position
         done = zero = 0
+        look = encoder.batch
         while done < len(pages):
             used = out.position - start
             if done and budget.spent(used):
                 break
-            some = pages[done : done + self._look]
+            some = pages[done : done + look]
             if budget.bytes is not None:  # close to the end of a small budget, small steps
                 some = some[: max(1, (budget.bytes - used) // encoder.record + 1)]
             is_zero = self._zero(block, some)
             empty = some[is_zero]
-            if len(empty) == len(some):
+            if len(empty) == len(some):  # only records of 9 bytes: look further at once
                 normal = empty[:0]
-            elif len(empty):
-                normal = some[~is_zero]
+                look = min(2 * look, 4 * encoder.batch)
             else:
-                normal = some
-            if len(normal) > encoder.batch:  # keep to the step of one send
-                last = normal[encoder.batch - 1]
-                some = some[some <= last]
-                normal, empty = normal[: encoder.batch], empty[empty < last]
+                normal = some[~is_zero] if len(empty) else some
+                if len(normal) > encoder.batch:  # no more than one send
+                    last = normal[encoder.batch - 1]
+                    some = some[some <= last]
+                    normal, empty = normal[: encoder.batch], empty[empty < last]
+                look = encoder.batch
             buffers: list[bytes | bytearray | memoryview] = []
             if len(empty):
                 buffers += encoder.zeros(idstr, empty)

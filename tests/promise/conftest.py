@@ -22,9 +22,10 @@ class World:
         self.pair = pair
         self.source, self.destination = pair.source, pair.destination
 
-    def go(self, *, triggers=(), direct=False, link=True):
+    def go(self, *, triggers=(), direct=False, link=True, kind="tcp"):
         """Start a migration through a link with these triggers; returns the link (None without)."""
-        address = self.destination.call("incoming", uri="tcp:127.0.0.1:0")["addresses"][0]
+        uri = "tcp:127.0.0.1:0" if kind == "tcp" else f"unix:{self.pair.directory}/m.sock"
+        address = self.destination.call("incoming", uri=uri)["addresses"][0]
         if not link:
             self.source.call("migrate", uri=address)
             return None

@@ -30,7 +30,7 @@ def moment(number):
 def kill_at(world, victim, number):
     """Migrate, and kill the victim at its moment."""
     event, after = moment(number)
-    world.go(link=False)
+    world.go(link=False, kind="tcp" if number % 3 else "unix")
     if event is not None:
         world.source.wait_status(event, "completed", "failed")
     threading.Event().wait(after)  # the moment is the point of the test

@@ -20,7 +20,11 @@ class World:
 
     def __init__(self, pair):
         self.pair = pair
-        self.source, self.destination = pair.source, pair.destination
+        self.source = pair.source
+
+    @property
+    def destination(self):
+        return self.pair.destination
 
     def go(self, *, triggers=(), direct=False, link=True, kind="tcp"):
         """Start a migration through a link with these triggers; returns the link (None without)."""

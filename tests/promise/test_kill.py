@@ -8,9 +8,15 @@ import os
 import random
 import threading
 
+import attrs
 import pytest
 
-from whimbrel_testing.harness import AppError
+from whimbrel_testing.harness import AppError, Pair
+from whimbrel_testing.pacing import Direction, Trigger
+
+from .conftest import CONFIG, SETTINGS, World
+
+SHUT = b"\x00\x01\x00\x04\x00\x00\x00\x00"
 
 KILLS = int(os.environ.get("WHIMBREL_KILLS", "20"))
 SEED = int(os.environ.get("WHIMBREL_SEED", "1"))
@@ -70,3 +76,26 @@ def test_the_moments_reach_every_part_of_a_migration():
     assert min(anywhere) < WHOLE / 4
     assert max(anywhere) > WHOLE * 3 / 4
     assert any(after < 0.002 for event, after in moments if event == "device")
+
+
+@pytest.mark.parametrize("fence", [False, True], ids=["no fence", "fence"])
+def test_a_destination_that_dies_between_taking_over_and_saying_so(fence):
+    """The end of a direct connection proves that it is gone: the machine runs on at the source, and can go elsewhere."""
+    config = attrs.evolve(
+        CONFIG, line_every=100_000
+    )  # what the dead one may have said is not what is tested
+    with Pair(config, settings=SETTINGS, fence=fence) as pair:
+        world = World(pair)
+        pair.source.call("boot")
+
+        def die(link):
+            pair.destination.kill()
+            link.cut()  # as the system does for a process that is gone; the answer was never sent
+
+        with world.go(triggers=[Trigger(Direction.BACK, SHUT, do=die)], direct=True):
+            world.ends(pair.source, "failed", "EndOfStream")
+        world.runs_only_at(pair.source)
+        pair.renew_destination()
+        with world.go():
+            world.ends(pair.source, "completed")
+        world.runs_only_at(pair.destination)

@@ -375,6 +375,10 @@ class AppProcess:
             answer.put(None)
 
 
+def _is_ready(event: dict[str, Any]) -> bool:
+    return bool(event["event"] == "ready")
+
+
 class Pair:
     """A source and a destination of one config, in a directory of their own that goes with them."""
 
@@ -390,23 +394,29 @@ class Pair:
         memory = Path("/dev/shm")  # flock and rename work there, and nothing waits for a disk
         where = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
         self.directory = tempfile.mkdtemp(prefix="whimbrel-", dir=where)
-        options = AppOptions(
+        self._options = AppOptions(
             config=config, directory=self.directory, fence=fence, settings=settings or {}
         )
         self._started: list[AppProcess] = []
         try:
-            self.source = self._start("source", options, source_fds)
-            self.destination = self._start("destination", options, destination_fds)
+            self.source = self._start("source", source_fds)
+            self.destination = self._start("destination", destination_fds)
             for app in self._started:
-                app.wait_event(lambda event: event["event"] == "ready")
+                app.wait_event(_is_ready)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, role: str, options: AppOptions, fds: Sequence[int]) -> AppProcess:
-        app = AppProcess(role, options, pass_fds=fds)
+    def _start(self, role: str, fds: Sequence[int] = ()) -> AppProcess:
+        app = AppProcess(role, self._options, pass_fds=fds)
         self._started.append(app)
         return app
+
+    def renew_destination(self) -> AppProcess:
+        """Another destination, in the place of one that was killed."""
+        self.destination = self._start("destination")
+        self.destination.wait_event(_is_ready)
+        return self.destination
 
     def running(self) -> list[str]:
         """The roles whose machine runs now."""

@@ -57,7 +57,8 @@ _STEPS_SUM = np.add.reduce(_STEPS * _WEIGHTS)
 
 def check_sums(pages: U64) -> U64:
     """The weighted sum, modulo 2^64, of the words of each page (shape (n, WORDS)); 0 for zeros."""
-    return np.einsum("ij,j->i", pages, _WEIGHTS)
+    sums: U64 = np.einsum("ij,j->i", pages, _WEIGHTS)
+    return sums
 
 
 def _key(seed: int, use: str) -> np.uint64:
@@ -111,7 +112,8 @@ class Sequence:
 
     def contents(self, numbers: U64, out: U64) -> U64:
         """f(n) of each number as the rows of out, shape (len(numbers), WORDS)."""
-        return np.add(self.bases(numbers)[:, None], _STEPS, out=out)
+        np.add(self.bases(numbers)[:, None], _STEPS, out=out)
+        return out
 
     def sums(self, numbers: U64) -> U64:
         """check_sums() of f(n), for each n, without making the pages."""

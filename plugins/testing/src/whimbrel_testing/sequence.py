@@ -51,8 +51,8 @@ def _unmix(values: U64) -> U64:
 
 #: Weights of the words in the check sum of a page; without them symmetrical damage could cancel out.
 _WEIGHTS: U64 = _mix(np.arange(1, WORDS + 1, dtype=np.uint64))
-_WEIGHTS_SUM = np.add.reduce(_WEIGHTS)
-_STEPS_SUM = np.add.reduce(_STEPS * _WEIGHTS)
+_WEIGHTS_SUM: np.uint64 = np.add.reduce(_WEIGHTS)
+_STEPS_SUM: np.uint64 = np.add.reduce(_STEPS * _WEIGHTS)
 
 
 def check_sums(pages: U64) -> U64:

@@ -250,10 +250,12 @@ def qemus(folder: Path, files: tuple[Path, Path], size: int, uri: str) -> float:
         dst("migrate-incoming", uri=uri)
         src("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
         src("migrate", uri=uri)
-        while (info := src("query-migrate"))["status"] != "completed":
+        info: dict[str, Any] = {}
+        while not info.get("total-time") or info["status"] != "completed":  # the time comes last
+            time.sleep(0.02)
+            info = src("query-migrate")
             if info["status"] in ("failed", "cancelled"):
                 raise RuntimeError(f"QEMU: {info}")
-            time.sleep(0.02)
         return float(info["total-time"]) / 1000
 
 

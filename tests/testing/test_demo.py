@@ -25,8 +25,16 @@ def demo(*arguments, **options):
 
 
 def left_behind(pids, temporary):
-    """Processes and files that should be gone."""
-    return [pid for pid in pids if Path(f"/proc/{pid}").exists()] + list(temporary.iterdir())
+    """Processes and files that should be gone: those processes, and whatever was told of the directory."""
+    commands = [p for p in Path("/proc").glob("[0-9]*/cmdline") if told_of(p, temporary)]
+    return [p for p in pids if Path(f"/proc/{p}").exists()] + commands + list(temporary.iterdir())
+
+
+def told_of(command_line, temporary):
+    try:
+        return os.fsencode(temporary) in command_line.read_bytes()
+    except OSError:  # it has just ended
+        return False
 
 
 @pytest.mark.parametrize("uri", ["tcp:127.0.0.1:0", "unix:", "fd:", "exec:"])
@@ -74,10 +82,15 @@ def test_own_commands_on_both_sides(tmp_path):
     assert json.loads(done.stdout)["ok"]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupt_leaves_the_machine_at_the_source_and_nothing_behind(signum, tmp_path):
+@pytest.mark.parametrize(
+    ("signum", "uri"), [(signal.SIGINT, "tcp:127.0.0.1:0"), (signal.SIGTERM, "exec:")]
+)
+def test_an_interrupt_leaves_the_machine_at_the_source_and_nothing_behind(signum, uri, tmp_path):
     with subprocess.Popen(
-        [sys.executable, "-u", "-m", "whimbrel_testing.demo", "--ram", "64M", "--bandwidth", "8M"],
+        [
+            *(sys.executable, "-u", "-m", "whimbrel_testing.demo"),
+            *("--uri", uri, "--ram", "64M", "--bandwidth", "8M"),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -95,6 +108,26 @@ def test_an_interrupt_leaves_the_machine_at_the_source_and_nothing_behind(signum
     assert re.search(r"The machine ran on at the source: 16,640 pages hold exactly", rest)
     assert len(pids) == 2
     assert left_behind(pids, tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("send", "receive", "outcome", "running"),
+    [
+        ("exec:head -c 100000 > /dev/null", "exec:true", "failed", ["source"]),
+        ("exec:cat > /dev/null; exit 3", "exec:true", "unknown", []),
+        ("exec:cat > /dev/null", "exec:true", "completed", []),  # as far as the source can know
+    ],
+)
+def test_a_migration_that_does_not_arrive_is_told_and_proved_harmless(
+    send, receive, outcome, running
+):
+    done = demo("--uri", send, "--incoming", receive, "--json", *SMALL)
+    assert done.returncode == 1, done.stderr
+    result = json.loads(done.stdout)
+    assert not result["ok"]
+    assert (result["outcome"], result["running"]) == (outcome, running)
+    assert result["proof_holds"]
+    assert result["violations"] == []
 
 
 @pytest.mark.parametrize(

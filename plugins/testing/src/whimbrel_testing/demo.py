@@ -286,34 +286,42 @@ class Demo:
         result: dict[str, Any],
         display: Display,
     ) -> dict[str, Any]:
-        completed = result["outcome"] == "completed"
+        arrived = _arrival(pair.destination, patience=30 if result["outcome"] == "completed" else 3)
+        completed = (result["outcome"], arrived["outcome"]) == ("completed", "completed")
         display.say()
         if not completed:
-            display.say(f"The migration {result['outcome']}: {result['error']['message']}", "red")
-            with contextlib.suppress(AppGone, TimeoutError):
-                arrived = pair.destination.call("wait")
-                if arrived["error"]:
-                    display.say(f"The destination says: {arrived['error']['message']}", "red")
+            ends = {"source says": result, "destination says": arrived}
+            told = [
+                (who, f"{end['outcome']}{': ' + end['error']['message'] if end['error'] else ''}")
+                for who, end in ends.items()
+            ]
+            display.rows(told, "red")
+            display.say()
         here = pair.destination if completed else pair.source
-        felt = here.call("ticked")
+        if completed:
+            here.call("ticked")
         _pause(_RUN_ON)
-        proof = here.call("verify")
-        violations = pair.violations()
-        running = pair.running()
+        felt, proof = here.call("report"), here.call("verify")
+        violations, running = pair.violations(), pair.running()
         if completed:
             display.rows(self._figures(progress, result, felt, here))
             display.say()
-        once = not violations and running == [here.role]
+        # Where the outcome is unknown, or nobody can answer, neither side starts by itself.
+        expected = [here.role] if completed or result["outcome"] == "failed" else []
+        once = not violations and running == expected
         display.rows(
             [("nothing lost" if proof["holds"] else "DAMAGED", proof["text"])],
             "green" if proof["holds"] else "bold red",
         )
-        told = (
-            f"the lease was held by one process at a time; only the {here.role}'s machine runs"
+        where = f"only the {here.role}'s machine runs" if running else "the machine runs nowhere"
+        shown = (
+            f"the lease was held by one process at a time; {where}"
             if once
             else f"running in: {', '.join(running) or 'none'}; {'; '.join(violations)}"
         )
-        display.rows([("never twice " if once else "TWICE", told)], "green" if once else "bold red")
+        display.rows(
+            [("never twice " if once else "TWICE", shown)], "green" if once else "bold red"
+        )
         return {
             "uri": uri,
             "ram": self.config.ram,
@@ -377,6 +385,17 @@ def _follow(source: AppProcess, progress: Progress, display: Display) -> dict[st
                 result: dict[str, Any] = answer(_LOOK)
                 progress.update(source.call("query"))
                 return result
+
+
+def _arrival(destination: AppProcess, *, patience: float) -> dict[str, Any]:
+    """How it ended at the destination; nobody may have come there."""
+    try:
+        end: dict[str, Any] = destination.call("wait", timeout=patience)
+        return end
+    except AppError as error:
+        return {"outcome": "waiting", "error": {"message": error.message}}
+    except (AppGone, TimeoutError) as error:
+        return {"outcome": "gone", "error": {"message": str(error)}}
 
 
 def _pause(seconds: float) -> None:

@@ -196,10 +196,12 @@ class Decoder:
     of it. Every offset is checked before it is used.
     """
 
-    #: Equal records in a row before a run is guessed, the length of the first guess, and of the longest.
-    _STREAK = 4
-    _GUESS = 16
-    _LONGEST = 8192
+    #: Equal records in a row before a run is guessed: at first, and at most, where guesses came to little.
+    _STREAK, _LONGEST_STREAK = 4, 64
+    #: Records in the first guess, and in the longest.
+    _GUESS, _LONGEST = 16, 8192
+    #: What a run must have for its price to be worth paying, in records taken one by one.
+    _WORTH = 16
 
     def __init__(self, page_size: int, find: Callable[[str], Target | None]) -> None:
         self.page_size = page_size
@@ -216,6 +218,7 @@ class Decoder:
         self._direct = page_size >= DIRECT_PAGE
         self._kind = -1  # what the last record was, and how many like it came in a row
         self._streak = 0
+        self._patience = self._STREAK
         self._guess = self._GUESS
         self._steps = np.arange(self._LONGEST, dtype=np.uint64) * np.uint64(page_size)
 
@@ -265,7 +268,7 @@ class Decoder:
             self._block = block
             if flags == self._kind:
                 self._streak += 1
-                if self._streak >= self._STREAK and left >= 4 * (head + body) and body:
+                if self._streak >= self._patience and left >= 8 * (head + body) and body:
                     offset += self._run(buffer, offset, position, block, kind, head, body)
                     continue
             else:
@@ -371,35 +374,48 @@ class Decoder:
         n = min((len(buffer) - offset) // stride, self._guess, len(self._steps))
         raw = np.frombuffer(buffer, np.uint8, n * stride, offset).reshape(n, stride)
         words = np.ascontiguousarray(raw[:, :8]).view(">u8").ravel().astype(np.uint64)
-        mask = np.uint64(self._mask)
-        unlike = words != words[0] + self._steps[:n]
-        in_order = not unlike.any()
-        if not in_order:  # not one page after the other: then at least the same flags
+        first = int(words[0])
+        unlike = words != self._steps[:n] + words[0]
+        good = int(unlike.argmax())  # the first is like itself, so 0 is: all
+        in_order = (
+            not good or good >= self._WORTH
+        )  # one page after the other; else at least the same flags
+        if not in_order:
+            mask = np.uint64(self._mask)
             unlike = (words & mask) != (words[0] & mask)
         if head > 8:
             unlike |= (raw[:, 8:head] != raw[0, 8:head]).any(axis=1)
         if kind == _ZERO:
             unlike |= raw[:, head] != raw[0, head]
-        good = int(unlike.argmax()) or n  # the first is like itself
-        if good < n:
+        if not in_order or kind == _ZERO or head > 8:
+            good = int(unlike.argmax())
+        if good:
             self._guess = max(self._GUESS, 2 * good)
             self._streak = 0  # what comes next is something else
+            if good < self._WORTH:
+                self._patience = min(2 * self._patience, self._LONGEST_STREAK)
             words, raw = words[:good], raw[:good]
         else:
+            good = n
             self._guess = min(2 * self._guess, len(self._steps))
-        offsets = words & ~mask
-        limit = np.uint64(block.size)
-        if (offsets >= limit).any():
-            bad = int((offsets >= limit).argmax())
-            raise self._beyond(block, int(offsets[bad]), position + offset + bad * stride)
-        pages = (offsets // np.uint64(self.page_size)).astype(np.intp)
+            self._patience = self._STREAK
+        low = first // self.page_size
+        where: slice | NDArray[np.intp]
         if in_order:
-            low = int(pages[0])
-            where: slice | NDArray[np.intp] = slice(low, low + good)
+            inside = len(block.rows) - low
+            if good > inside:
+                beyond = (low + inside) * self.page_size
+                raise self._beyond(block, beyond, position + offset + inside * stride)
+            where = slice(low, low + good)
         else:
-            where = pages
+            offsets = words - np.uint64(first & self._mask)
+            outside = offsets >= np.uint64(block.size)
+            if outside.any():
+                bad = int(outside.argmax())
+                raise self._beyond(block, int(offsets[bad]), position + offset + bad * stride)
+            where = (offsets // np.uint64(self.page_size)).astype(np.intp)
         if kind == _ZERO:
-            self._put_zeros(block, where, pages, int(raw[0, head]))
+            self._put_zeros(block, where, int(raw[0, head]))
             self.duplicate += good
         else:
             block.rows[where] = raw[:, head:]
@@ -407,18 +423,16 @@ class Decoder:
             self.normal += good
         return good * stride
 
-    def _put_zeros(
-        self, block: Target, where: slice | NDArray[np.intp], pages: NDArray[np.intp], fill: int
-    ) -> None:
+    def _put_zeros(self, block: Target, where: slice | NDArray[np.intp], fill: int) -> None:
         """Many pages of equal bytes. Zero is only written where something else is: a write takes memory of the host."""
         if fill:
             block.rows[where] = fill
             block.fresh_map[where] = False
             return
         fresh = block.fresh_map[where]
+        pages = np.arange(where.start, where.stop) if isinstance(where, slice) else where
         if fresh.any():
-            pages = pages[~fresh]
-            where = pages
+            where = pages = pages[~fresh]
         for i in range(0, len(pages), 256):
             if isinstance(where, slice):
                 part: slice | NDArray[np.intp] = slice(

@@ -167,3 +167,41 @@ def test_two_page_transports_are_one_too_many():
         both.source.migrate(incoming.addresses[0]).wait(PATIENCE)
     with pytest.raises(MigrationError):
         incoming.wait(PATIENCE)
+
+
+@pytest.mark.parametrize("bits", [10, 14, 16, 20])
+def test_machines_with_other_page_sizes(bits):
+    kernels = []
+    for _ in range(2):
+        machine = Machine("m-1", target_page_bits=bits)
+        machine.add(RAMBlock("ram", 4 << 20, page_size=1 << bits))
+        kernels.append(Kernel(machine))
+    source, destination = kernels
+    block, copy = (k.machine.parts(RAMBlock)[0] for k in kernels)
+    block.view[1 << 20 : 3 << 20] = np.arange(2 << 20) % 253
+    incoming = destination.incoming("tcp:127.0.0.1:0")
+    source.migrate(incoming.addresses[0]).wait(PATIENCE)
+    incoming.wait(PATIENCE)
+    assert (block.view == copy.view).all()
+    assert source.query()["ram"]["page-size"] == 1 << bits
+
+
+def test_memory_of_the_app_that_is_not_aligned_is_compared():
+    memories = [bytearray((1 << 20) + 5000) for _ in range(2)]
+    memories[0][5000:] = np.random.default_rng(1).bytes(1 << 20)
+    kernels = []
+    for memory in memories:
+        machine = Machine("m-1")
+        machine.add(RAMBlock("ram", memory=memoryview(memory)[5000:]))
+        kernels.append(Kernel(machine))
+    incoming = kernels[1].incoming("tcp:127.0.0.1:0")
+    kernels[0].migrate(incoming.addresses[0]).wait(PATIENCE)
+    incoming.wait(PATIENCE)
+    assert memories[0] == memories[1]
+
+
+def test_other_page_sizes_on_both_sides_are_refused():
+    machine = Machine("m-1", target_page_bits=16)
+    machine.add(RAMBlock("ram", 1 << 20))
+    with pytest.raises(MigrationError, match="pages of 4096 bytes, the machine of 65536"):
+        Kernel(machine).migrate("tcp:127.0.0.1:9")

@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 
-from whimbrel import LoadContext, Machine, OutStream, RunParams
+from whimbrel import Budget, LoadContext, Machine, Mode, Outcome, OutStream, RunParams
 from whimbrel.channel import MemoryChannel
+from whimbrel.savevm import SaveDriver
 from whimbrel.wire import items
-from whimbrel.wire.format import ItemType
-from whimbrel_ram import RamHandler
-from whimbrel_testing.qemu_guest import FilledGuest
+from whimbrel.wire.format import Dialect, ItemType
+from whimbrel_ram import RAMBlock, RamHandler
+from whimbrel_testing.qemu_guest import MACHINE, FilledGuest
 
 PAGE = 4096
 MIB = 1 << 20
@@ -121,3 +122,31 @@ def test_a_section_of_ours_has_the_form_of_qemus(slow):
     again.setup(out, RunParams())
     out.flush()
     assert bytes(channel.data) == SETUP
+
+
+@pytest.mark.interop
+def test_a_real_qemu_takes_what_we_write(qemu, tmp_path):
+    """Its RAM is then ours, byte for byte; it accepts a stream without its devices and its other blocks."""
+    guest = FilledGuest(size=32 * MIB)
+    ours, theirs, stream = tmp_path / "ours", tmp_path / "theirs", tmp_path / "stream"
+    guest.fill(ours, seed=3)
+    guest.fill(theirs, seed=4)  # everything must be overwritten, zero pages too
+    block = RAMBlock("ram", memory=bytearray(ours.read_bytes()))
+    machine = Machine(MACHINE)
+    channel = MemoryChannel()
+    driver = SaveDriver(OutStream(channel), machine, [RamHandler([block])], Dialect())
+    driver.header(items.Configuration(machine_type=machine.machine_type))
+    driver.setup(RunParams())
+    while not driver.iterate(Budget(bytes=3 * MIB)):
+        pass
+    block.view[5 * PAGE : 9 * PAGE] ^= 0x55  # a page comes again, the last one wins
+    driver.complete(Mode.PRECOPY)
+    driver.out.write(driver.tail())
+    driver.out.flush()
+    driver.cleanup(Outcome.COMPLETED)
+    stream.write_bytes(channel.data)
+
+    destination = qemu(*guest.args(theirs), incoming=f"exec:cat {stream}")
+    destination.wait_migration("completed")
+    destination.kill()
+    assert theirs.read_bytes() == bytes(block.buffer)

@@ -9,6 +9,8 @@ import pytest
 from whimbrel_testing.harness import AppError
 from whimbrel_testing.pacing import Direction, Link, Trigger
 
+from .conftest import SETTINGS
+
 FORWARD, BACK = Direction.FORWARD, Direction.BACK
 
 #: The ram section is the fifth: four devices were added before it.
@@ -29,7 +31,7 @@ BEFORE_COMMIT = {
     "before setup": (FORWARD, b"\x01" + RAM, True, 1),
     "in setup": (FORWARD, b"stress.small", False, 1),
     "in the first pass": (FORWARD, PART, False, 1),
-    "in a later round": (FORWARD, PART, True, 3),
+    "in a later round": (FORWARD, PART, True, 2),
     "at the stop": (FORWARD, END, True, 1),
     "in the last pass": (FORWARD, END, False, 1),
     "before the devices": (FORWARD, b"\x0cstress-clock", True, 1),
@@ -61,7 +63,6 @@ def test_cut_before_the_point_of_no_return_the_source_runs_on(shared, phase, do)
 @pytest.mark.parametrize("phase", BEFORE_COMMIT.values(), ids=BEFORE_COMMIT)
 def test_silence_before_the_point_of_no_return_can_be_cancelled(shared, phase):
     trigger = trigger_at(phase, Link.hang)
-    shared.source.call("set", **{"commit-timeout": 60_000})
     with shared.go(triggers=[trigger]):
         shared.fired(trigger)
         shared.source.call("cancel")
@@ -78,7 +79,7 @@ AT_SWITCHOVER = list(BEFORE_COMMIT)[list(BEFORE_COMMIT).index("at the stop") :]
 def test_silence_at_switchover_ends_by_itself_and_the_source_runs_on(shared, name):
     """The destination may have everything but EOF: it must not start, however long it waits."""
     trigger = trigger_at(BEFORE_COMMIT[name], Link.hang)
-    shared.source.call("set", **{"commit-timeout": 300})
+    shared.impatient()
     with shared.go(triggers=[trigger]) as link:
         shared.fired(trigger)
         shared.ends(shared.source, "failed", "DeadlineExceeded")
@@ -89,6 +90,7 @@ def test_silence_at_switchover_ends_by_itself_and_the_source_runs_on(shared, nam
 
 
 def test_after_all_of_that_the_machine_can_still_move(shared):
+    shared.source.call("set", **SETTINGS)
     with shared.go():
         shared.ends(shared.source, "completed")
         shared.ends(shared.destination, "completed")
@@ -100,6 +102,7 @@ def test_after_all_of_that_the_machine_can_still_move(shared):
 
 @pytest.mark.parametrize("do", [Link.cut, Link.reset, Link.hang], ids=["cut", "reset", "hang"])
 def test_between_pong_and_eof_it_is_unknown_and_nobody_runs_until_resolved(world, do):
+    world.impatient()
     trigger = Trigger(BACK, COMMIT_PONG, do=do, before=False)
     with world.go(triggers=[trigger]) as link:
         world.ends(world.source, "unknown", "OutcomeUnknown")
@@ -116,6 +119,7 @@ def test_between_pong_and_eof_it_is_unknown_and_nobody_runs_until_resolved(world
 
 @pytest.mark.parametrize("do", [Link.cut, Link.reset, Link.hang], ids=["cut", "reset", "hang"])
 def test_between_eof_and_shut_it_is_unknown_while_the_destination_runs(world, do):
+    world.impatient()
     trigger = Trigger(BACK, SHUT, do=do)
     with world.go(triggers=[trigger]):
         world.ends(world.source, "unknown", "OutcomeUnknown")
@@ -139,7 +143,6 @@ def test_cut_within_the_vmdescription_the_destination_has_taken_over(world, do):
 
 def test_behind_the_point_of_no_return_cancel_is_refused(world):
     trigger = Trigger(BACK, SHUT, do=Link.hang)
-    world.source.call("set", **{"commit-timeout": 60_000})
     with world.go(triggers=[trigger]) as link:
         world.fired(trigger)
         with pytest.raises(AppError, match="too late to cancel"):
@@ -162,7 +165,6 @@ def test_a_direct_link_that_delays_what_follows_eof_makes_no_second_copy(world):
     end of the connection that the source sees in the end is the destination's own, which is alive and runs.
     """
     trigger = Trigger(FORWARD, VMDESCRIPTION, do=Link.hang)
-    world.source.call("set", **{"commit-timeout": 60_000})
     with world.go(triggers=[trigger], direct=True) as link:
         world.fired(trigger)
         world.ends(world.destination, "completed")  # it gave up waiting for the rest
@@ -177,6 +179,7 @@ def test_a_direct_link_that_delays_what_follows_eof_makes_no_second_copy(world):
 
 @pytest.mark.parametrize("do", [Link.cut, Link.reset, Link.hang], ids=["cut", "reset", "hang"])
 def test_with_a_fence_the_source_takes_back_what_never_arrived(fenced, do):
+    fenced.impatient()
     trigger = Trigger(BACK, COMMIT_PONG, do=do, before=False)
     with fenced.go(triggers=[trigger]) as link:
         fenced.ends(fenced.source, "failed")
@@ -191,6 +194,7 @@ def test_with_a_fence_the_source_takes_back_what_never_arrived(fenced, do):
 
 @pytest.mark.parametrize("do", [Link.cut, Link.reset, Link.hang], ids=["cut", "reset", "hang"])
 def test_with_a_fence_the_source_leaves_it_to_the_destination_that_has_it(fenced, do):
+    fenced.impatient()
     trigger = Trigger(BACK, SHUT, do=do)
     with fenced.go(triggers=[trigger]):
         result = fenced.ends(fenced.source, "completed")

@@ -214,10 +214,9 @@ class DescriptorChannel(Channel):
         sock.shutdown(socket.SHUT_WR)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
             while any(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4))):
+                _raise_error(sock)  # what a reset connection has not sent stays there for ever
                 pause(0.005, deadline=deadline, cancel_fd=self._gate.fd, what=self.name)
-        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if error:  # the peer closed with bytes unread, or the link was reset
-            raise OSError(error, os.strerror(error))
+        _raise_error(sock)
 
     def abort(self) -> None:
         if self._gate.signal() and self._sock is not None:
@@ -259,6 +258,13 @@ class DescriptorChannel(Channel):
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
             self.close()
+
+
+def _raise_error(sock: socket.socket) -> None:
+    """OSError if the connection has failed: the peer closed with bytes unread, or the link was reset."""
+    error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+    if error:
+        raise OSError(error, os.strerror(error))
 
 
 class SocketListener(Listener):

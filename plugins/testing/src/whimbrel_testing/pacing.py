@@ -59,7 +59,9 @@ class Direction(enum.Enum):
 
 @attrs.define(eq=False)
 class Trigger:
-    """Act before, or right after, the occurrence of a pattern: nothing behind it has passed when `do` is called."""
+    """Act before, or right after, the occurrence of a pattern: nothing behind it has passed when `do` is called, nor
+    anything the other way that answers it.
+    """
 
     direction: Direction
     pattern: bytes
@@ -110,6 +112,7 @@ class Link:
         self._triggers = list(triggers)
         self._open = threading.Event()
         self._open.set()
+        self._passing = threading.RLock()
         self._lock = threading.Lock()
         self._pairs: list[_Pair] = []
         self._closed = False
@@ -252,9 +255,10 @@ class Link:
         for trigger in mine:
             place = trigger.place(data)
             if place is not None:
-                self._pass(direction, go, data[:place])
-                data = data[place:]
-                trigger.do(self)
+                with self._passing:  # the other side's answer to it must not overtake the switch
+                    self._pass(direction, go, data[:place])
+                    data = data[place:]
+                    trigger.do(self)
                 trigger.fired.set()
         keep = max((t.held(data) for t in mine if not t.fired.is_set()), default=0)
         self._pass(direction, go, data[: len(data) - keep])
@@ -263,8 +267,12 @@ class Link:
     def _pass(self, direction: Direction, go: socket.socket, data: bytes) -> None:
         if not data:
             return
-        self._open.wait()
         if self._pacer is not None and direction is Direction.FORWARD:
             self._pacer.wait(len(data))
-        go.sendall(data)
-        self.passed[direction] += len(data)
+        while True:
+            self._open.wait()
+            with self._passing:
+                if self._open.is_set():
+                    go.sendall(data)
+                    self.passed[direction] += len(data)
+                    return

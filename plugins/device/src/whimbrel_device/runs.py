@@ -17,6 +17,11 @@ MAX_NESTING = 64
 
 
 class _Run:
+    _error: type[MigrationError]
+    _done: str
+    #: Where the field begins that is being read; unknown while writing.
+    offset: int | None = None
+
     def __init__(self, section: str) -> None:
         self.section = section
         self._path: list[str] = []
@@ -45,7 +50,15 @@ class _Run:
         found: object = None,
         hint: str | None = None,
     ) -> MigrationError:
-        raise NotImplementedError
+        """The error to raise for the field that this pass is at."""
+        return self._error(
+            f"{self._subject()} cannot be {self._done}: {message}",
+            section=self.section,
+            offset=self.offset,
+            expected=expected,
+            found=found,
+            hint=hint,
+        )
 
     def number(self, source: int | str, owner: object, limit: int) -> int:
         """A count or size: fixed, or the value of an earlier field."""
@@ -72,6 +85,9 @@ class _Run:
 class SaveRun(_Run):
     """Writing: `out` collects the payload."""
 
+    _error = LocalError
+    _done = "saved"
+
     def __init__(self, section: str) -> None:
         super().__init__(section)
         self.out = bytearray()
@@ -96,30 +112,16 @@ class SaveRun(_Run):
                     hint="Put a field between them, or give one of the two another name",
                 )
 
-    def fail(
-        self,
-        message: str,
-        *,
-        expected: object = None,
-        found: object = None,
-        hint: str | None = None,
-    ) -> MigrationError:
-        return LocalError(
-            f"{self._subject()} cannot be saved: {message}",
-            section=self.section,
-            expected=expected,
-            found=found,
-            hint=hint,
-        )
-
 
 class LoadRun(_Run):
     """Reading: nothing is assigned before the payload was read whole."""
 
+    _error = StreamError
+    _done = "loaded"
+
     def __init__(self, section: str, inp: InStream) -> None:
         super().__init__(section)
         self.inp = inp
-        #: Where the field begins that is being read.
         self.offset = inp.position
         self.begun: list[Any] = []
         self.finished: list[Any] = []
@@ -147,20 +149,3 @@ class LoadRun(_Run):
                 offset=error.offset,
                 expected=error.expected,
             ) from error
-
-    def fail(
-        self,
-        message: str,
-        *,
-        expected: object = None,
-        found: object = None,
-        hint: str | None = None,
-    ) -> MigrationError:
-        return StreamError(
-            f"{self._subject()} cannot be loaded: {message}",
-            section=self.section,
-            offset=self.offset,
-            expected=expected,
-            found=found,
-            hint=hint,
-        )

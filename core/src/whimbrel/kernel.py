@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from whimbrel.blockers import Blockers
 from whimbrel.channel import Role, TransportContext
 from whimbrel.errors import BlockedError, MigrationError, PluginError, StateError
-from whimbrel.handle import Handle
 from whimbrel.incoming import Incoming
 from whimbrel.machine import Machine, RunState
 from whimbrel.notifiers import Notification, Notifiers, What
 from whimbrel.outgoing import Outgoing
 from whimbrel.plugins import Plugins
 from whimbrel.route import Route
+from whimbrel.run import Run
 from whimbrel.savevm import SaveVMHandler
 from whimbrel.settings import KERNEL_SETTINGS, PROFILES, TODAY, Profile, Settings
 from whimbrel.state import MigrationState, Outcome, RunParams, Status
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from whimbrel.wire.format import Dialect
 
 log = logging.getLogger("whimbrel.kernel")
+R = TypeVar("R", bound=Run)
 
 
 class Kernel:
@@ -64,7 +66,7 @@ class Kernel:
         self.notifiers = Notifiers()
         self.named_fds: dict[str, int] = {}
         self._lock = threading.RLock()
-        self._run: Handle | None = None  # until its clean-up has ended
+        self._run: Run | None = None  # until its clean-up has ended
         self._handlers: list[SaveVMHandler] = []
         self._unresolved: Outgoing | None = None
 
@@ -96,17 +98,12 @@ class Kernel:
         """
         with self._lock:
             handlers = self._check_may_migrate(uri)
-            previous = self.state.status
-            self.state.reset(RunParams(blk=blk, inc=inc))
-            self._handlers = handlers
-            self.state.transition(previous, Status.SETUP)
-            self.notify(What.SETUP)
-            try:
-                run = Outgoing(self, self.route(uri), handlers)
-            except Exception as error:
-                self._fail_to_start(error)
-            self._start(run, "migration")
-            return run
+            return self._begin(
+                lambda: Outgoing(self, self.route(uri), handlers),
+                handlers,
+                RunParams(blk=blk, inc=inc),
+                "migration",
+            )
 
     def _check_may_migrate(self, uri: str) -> list[SaveVMHandler]:
         """The refusals, in their order."""
@@ -175,20 +172,13 @@ class Kernel:
         with self._lock:
             self.defer_incoming()
             handlers = self.collect_handlers()
-            previous = self.state.status
-            self.state.reset(RunParams())
-            self.state.figures.started = None
-            self.machine.received_run_state = None
-            self._handlers = handlers
-            self.state.transition(previous, Status.SETUP)
-            self.notify(What.SETUP)
-            try:
+
+            def listening() -> Incoming:
                 run = Incoming(self, handlers, autostart=autostart)
                 run.listen(self.route(uri))
-            except Exception as error:
-                self._fail_to_start(error)
-            self._start(run, "incoming")
-            return run
+                return run
+
+            return self._begin(listening, handlers, RunParams(), "incoming")
 
     def defer_incoming(self) -> None:
         """Put the machine into `inmigrate`; a later incoming() says where to listen (QEMU's -incoming defer)."""
@@ -199,19 +189,29 @@ class Kernel:
 
     # ---- both
 
-    def _start(self, run: Outgoing | Incoming, name: str) -> None:
+    def _begin(
+        self, make: Callable[[], R], handlers: list[SaveVMHandler], params: RunParams, name: str
+    ) -> R:
+        """From setup to a running thread. What make() raises leaves `failed`, and is told and raised."""
+        previous = self.state.status
+        self.state.reset(params)
+        self._handlers = handlers
+        self.state.transition(previous, Status.SETUP)
+        self.notify(What.SETUP)
+        try:
+            run = make()
+        except Exception as error:
+            self.state.error = error
+            self.state.outcome = Outcome.FAILED
+            self.state.leave(Status.FAILED)
+            self.notify(What.ERROR)
+            raise
         self._run = run
         run._thread = threading.Thread(target=run.run, name=f"whimbrel-{name}", daemon=True)
         run._thread.start()
+        return run
 
-    def _fail_to_start(self, error: Exception) -> NoReturn:
-        self.state.error = error
-        self.state.outcome = Outcome.FAILED
-        self.state.leave(Status.FAILED)
-        self.notify(What.ERROR)
-        raise error
-
-    def run_ended(self, run: Handle) -> None:
+    def run_ended(self, run: Run) -> None:
         """A run's clean-up has ended. For the runs themselves."""
         with self._lock:
             if isinstance(run, Outgoing) and self.state.outcome is Outcome.UNKNOWN:

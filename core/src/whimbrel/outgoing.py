@@ -10,12 +10,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
 import struct
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
-from whimbrel.channel import Channel, Role
+from whimbrel.channel import Role
 from whimbrel.errors import (
     Cancelled,
     ChannelError,
@@ -28,10 +27,9 @@ from whimbrel.errors import (
     StateError,
     StreamError,
 )
-from whimbrel.globalstate import GlobalState
-from whimbrel.handle import Handle, Result, as_migration_error
+from whimbrel.handle import as_migration_error
 from whimbrel.machine import RunState
-from whimbrel.notifiers import What
+from whimbrel.run import Run
 from whimbrel.savevm import Budget, Mode, Pending, SaveDriver, SaveVMHandler
 from whimbrel.settings import Capability
 from whimbrel.state import Outcome, Status
@@ -52,48 +50,27 @@ SIGNIFICANT = 10_000
 ROUND_TRIP_PATIENCE = 1.0
 
 
-class Outgoing(Handle):
+class Outgoing(Run):
     """A migration to `uri`. Made by Kernel.migrate()."""
 
     def __init__(self, kernel: Kernel, route: Route, handlers: list[SaveVMHandler]) -> None:
-        super().__init__()
-        self.kernel = kernel
+        super().__init__(kernel, handlers)
         self.route = route
         self.uri = str(route.uri)
-        self._state = kernel.state
-        self._machine = kernel.machine
-        self._figures = kernel.state.figures
-        self._global_state = GlobalState(self._machine)
-        if kernel.dialect.globalstate:
-            handlers = [*handlers, self._global_state]
-        self.handlers = handlers
-        self._channel: Channel | None = None
+        self._figures.started = time.monotonic()
         self._answers: InStream | None = None
-        self._committed = False
         self._stopped_from: RunState | None = None  # the run state to go back to
         self._invalidated = False
         self._stopped_at = 0.0
         self._round_trip = 0.0
         self._scan_time = 0.0
+        self._dirty_rate: float | None = None
 
-    # ---- from other threads
-
-    def cancel(self) -> None:
-        with self._lock:
-            if self.done or self._state.has_finished:
-                return
-            if self._committed:
-                raise StateError(
-                    "too late to cancel: the end of the stream was sent and the destination may run the machine",
-                    hint="Wait for its answer",
-                )
-            self._cancelled.set()
-            os.eventfd_write(self._cancel_fd, 1)
-            channel = self._channel
-        profile = self.kernel.settings.profile
-        self._state.leave(Status.CANCELLING if profile.cancelling else Status.CANCELLED)
-        if channel is not None:
-            channel.abort()
+    def _too_late(self) -> NoReturn:
+        raise StateError(
+            "too late to cancel: the end of the stream was sent and the destination may run the machine",
+            hint="Wait for its answer",
+        )
 
     # ---- the thread
 
@@ -103,12 +80,13 @@ class Outgoing(Handle):
             self.kernel.plugins.wrap_migration(self.kernel, self._migrate)
         except BaseException as raised:
             error = as_migration_error(raised, f"migration to {self.uri}")
-            if not isinstance(error, MigrationError) or error.__cause__ is not None:
-                log.debug("migration failed", exc_info=raised)
+            log.debug("migration failed", exc_info=raised)
         outcome = Outcome.COMPLETED
         if error is not None:
             error, outcome = self._settle(error)
-        self._end(outcome, error)
+        else:
+            self._machine.run_state = RunState.POSTMIGRATE
+        self._end(outcome, error, f"migration to {self.uri}", log)
 
     def _migrate(self) -> None:
         self._connect()
@@ -116,17 +94,12 @@ class Outgoing(Handle):
         self._iterate()
         self._switch_over()
 
-    def _check_cancelled(self) -> None:
-        if self._cancelled.is_set():
-            raise Cancelled("the migration was cancelled")
-
     def _connect(self) -> None:
         channel = self.route.connect(self.kernel.context(Role.SOURCE, self._cancel_fd))
-        with self._lock:
-            self._channel = channel
-        self._check_cancelled()
+        self._opened(channel)
         self._out = OutStream(channel)
         self._driver = SaveDriver(self._out, self._machine, self.handlers, self.kernel.dialect)
+        self._tell_handlers = self._driver.cleanup
 
     def _setup(self) -> None:
         began = time.monotonic()
@@ -203,8 +176,6 @@ class Outgoing(Handle):
         self._dirty_rate = pending.dirty_bytes_per_s
         return pending
 
-    _dirty_rate: float | None = None
-
     @property
     def _downtime_limit(self) -> float:
         return float(self.kernel.settings["downtime-limit"]) / 1000
@@ -261,9 +232,7 @@ class Outgoing(Handle):
             self._out.flush()
             self._await_pong(value, time.monotonic() + timeout)
         tail = self._driver.tail()
-        with self._lock:
-            self._check_cancelled()
-            self._committed = True
+        self._commit_point()
         # Before this line the destination cannot have started. Behind it, only proof lets this side run again.
         try:
             self._out.write(tail)
@@ -275,9 +244,8 @@ class Outgoing(Handle):
                 self._await_shut(time.monotonic() + timeout)
             self._figures.acknowledged = self._answers is not None
         except PeerError:
-            self._machine.generation = (
-                generation  # claimed over there perhaps: not to be used twice
-            )
+            # It may have been claimed over there: not to be used twice.
+            self._machine.generation = generation
             raise
         except Exception as error:
             self._judge(as_migration_error(error, "the commit"), generation)
@@ -425,33 +393,3 @@ class Outgoing(Handle):
             self._machine.vm_start()
         else:
             self._machine.run_state = before
-
-    def _end(self, outcome: Outcome, error: BaseException | None) -> None:
-        state, figures = self._state, self._figures
-        figures.total_time = time.monotonic() - (figures.started or 0.0)
-        state.error, state.outcome = error, outcome
-        if outcome is Outcome.COMPLETED:
-            self._machine.run_state = RunState.POSTMIGRATE
-        final = {Outcome.COMPLETED: Status.COMPLETED, Outcome.CANCELLED: Status.CANCELLED}
-        if not state.leave(final.get(outcome, Status.FAILED)):
-            state.leave(Status.CANCELLED)  # cancelling, when the error came first
-        if error is not None:
-            log.log(
-                logging.INFO if outcome is Outcome.CANCELLED else logging.ERROR,
-                "migration to %s: %s",
-                self.uri,
-                error,
-            )
-        if hasattr(self, "_driver"):
-            self._driver.cleanup(outcome)
-        if self._channel is not None:
-            self._channel.close()
-        result = Result(
-            outcome=outcome,
-            error=error,
-            acknowledged=bool(figures.acknowledged),
-            figures=figures,
-        )
-        self.kernel.run_ended(self)
-        self.kernel.notify(What.CLEANUP)
-        self._finish(result)

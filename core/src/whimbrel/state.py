@@ -8,7 +8,6 @@ from __future__ import annotations
 import enum
 import logging
 import threading
-import time
 from collections.abc import Callable
 
 import attrs
@@ -192,7 +191,7 @@ class MigrationState:
             self.error = None
             self.outcome = None
             self.params = params
-            self.figures = Figures(started=time.monotonic())
+            self.figures = Figures()
 
 
 def diagram() -> str:

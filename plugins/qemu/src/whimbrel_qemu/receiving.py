@@ -12,7 +12,6 @@ import fcntl
 import functools
 import logging
 import os
-import struct
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -32,8 +31,8 @@ from whimbrel.errors import (
 from whimbrel.kernel import Kernel
 from whimbrel.plugins import Plugins
 from whimbrel.stream import InStream, OutStream
+from whimbrel.way_back import WayBack
 from whimbrel.wire.format import Command
-from whimbrel.wire.return_path import encode_pong, encode_shut
 from whimbrel_qemu.guest import MAX_RAM, Guest, read_guest, write_guest
 from whimbrel_qemu.progress import Progress
 
@@ -67,52 +66,24 @@ class Received:
     acknowledged: bool
 
 
-class _WayBack:
-    """The answers to a source that asks for some."""
-
-    def __init__(self, channel: Channel) -> None:
-        self._channel = channel
-        self._answers: Channel | None = None
+class _WayBack(WayBack):
+    """The answers to a source that asks for some, whatever section it is about to be refused for."""
 
     def command(self, command: Command, data: bytes, inp: InStream) -> None:
-        if command is Command.OPEN_RETURN_PATH:
-            self._answers = self._channel.return_path()
-            if self._answers is None:
-                raise StreamError(
-                    f"the source wants answers, but {self._channel.name} has no way back",
-                    offset=inp.position,
-                    hint="Switch the capability return-path off on the source",
-                )
-        elif command is Command.PING:
-            if self._answers is None:
-                raise StreamError("PING without a return path", offset=inp.position)
-            self.pong(struct.unpack(">I", data)[0])
-        elif command is Command.POSTCOPY_ADVISE and not data:
-            pass  # the short form: a section dirty-bitmap may follow, which is refused by its own name
-        elif command is not Command.SWITCHOVER_START:
-            raise StreamError(
-                f"command {command.name} needs a capability that this side does not have",
-                offset=inp.position,
-                hint="Switch that capability off on the source",
-            )
+        if command is Command.POSTCOPY_ADVISE and not data:
+            return  # the short form: a section dirty-bitmap may follow, which is refused by its own name
+        super().command(command, data, inp)
 
-    def pong(self, value: int) -> None:
-        if self._answers is not None:
-            self._answers.send([encode_pong(value)])
-
-    def shut(self, status: int) -> bool:
+    def tell(self, status: int) -> bool:
         """Tell the source how it ended, if that is possible; whether it was."""
-        if self._answers is None:
-            return False
         try:
-            self._answers.send([encode_shut(status)])
+            return self.shut(status)
         except MigrationError as error:
             level = logging.INFO if status else logging.WARNING
             log.log(
                 level, "the source could not be told how it ended (status %d): %s", status, error
             )
             return False
-        return True
 
 
 def receive(
@@ -190,7 +161,7 @@ def receive_from(
         check_others()
         file_bytes = _store(guest, target, force, progress)
     except BaseException as error:
-        told = way_back.shut(1)
+        told = way_back.tell(1)
         if isinstance(error, EndOfStream):
             error.hint = error.hint or _BROKE_OFF
         elif isinstance(error, MigrationError) and not told:
@@ -205,7 +176,7 @@ def receive_from(
         stream_bytes=inp.position,
         file_bytes=file_bytes,
         seconds=time.monotonic() - began,
-        acknowledged=way_back.shut(0),
+        acknowledged=way_back.tell(0),
     )
 
 

@@ -21,6 +21,7 @@ from whimbrel.run import Run
 from whimbrel.savevm import SaveVMHandler
 from whimbrel.settings import KERNEL_SETTINGS, PROFILES, TODAY, Profile, Settings
 from whimbrel.state import MigrationState, Outcome, RunParams, Status
+from whimbrel.wire import dialects
 
 if TYPE_CHECKING:
     from whimbrel.wire.format import Dialect
@@ -34,6 +35,7 @@ class Kernel:
 
     machine   what migrates; may be left out by a program that only looks at plugins and settings.
     profile   defaults: 'today', '2013', or a Profile.
+    dialect   the form of the stream; None: that of the profile or else of the machine type (whimbrel.wire.dialects).
     plugins   Plugins.shared() unless given.
 
     Settings, blockers and notifiers outlive migrations; figures, error and run parameters do not. Thread-safe.
@@ -47,12 +49,14 @@ class Kernel:
         machine: Machine | None = None,
         *,
         profile: Profile | str = TODAY,
+        dialect: Dialect | None = None,
         plugins: Plugins | None = None,
     ) -> None:
         if isinstance(profile, str):
             profile = PROFILES[profile]
         self.machine = machine if machine is not None else Machine("none")
         self.plugins = plugins if plugins is not None else Plugins.shared()
+        self._dialect = dialect
         self.state = MigrationState(self._state_changed)
         self.settings = Settings(profile, lambda: self.state.is_running)
         self.settings.declare(KERNEL_SETTINGS)
@@ -86,7 +90,8 @@ class Kernel:
     @property
     def dialect(self) -> Dialect:
         """The form of the stream that both sides must know beforehand."""
-        return self.settings.profile.dialect
+        chosen = self._dialect or self.settings.profile.dialect
+        return dialects.for_machine(self.machine.machine_type) if chosen is None else chosen
 
     # ---- outgoing
 

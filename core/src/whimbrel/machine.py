@@ -62,6 +62,7 @@ class Machine:
         *,
         name: str = "",
         target_page_bits: int = 12,
+        legacy_page_bits: int = 12,
         uuid: bytes | None = None,
         run_state: RunState = RunState.RUNNING,
         stop: Callable[[], object] | None = None,
@@ -81,6 +82,8 @@ class Machine:
         self.machine_type = machine_type
         self.name = name or machine_type
         self.target_page_bits = target_page_bits
+        #: What a stream without the subsection target-page-bits means: 12 for most, 10 for Arm.
+        self.legacy_page_bits = legacy_page_bits
         self.uuid = uuid
         self.run_state = run_state
         #: Counts switchovers; fence() is asked for the generation that wants to run.

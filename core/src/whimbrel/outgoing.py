@@ -127,7 +127,11 @@ class Outgoing(Run):
         )
         return Configuration(
             machine_type=machine.machine_type,
-            target_page_bits=None if machine.target_page_bits == 12 else machine.target_page_bits,
+            target_page_bits=(
+                None
+                if machine.target_page_bits == machine.legacy_page_bits
+                else machine.target_page_bits
+            ),
             capabilities=on_wire or None,
             uuid=machine.uuid,
         )

@@ -16,6 +16,7 @@ from whimbrel.handle import Handle, Result
 from whimbrel.notifiers import What
 from whimbrel.savevm import SaveVMHandler
 from whimbrel.state import Outcome, Status
+from whimbrel.wire.format import GlobalStateForm
 
 if TYPE_CHECKING:
     from whimbrel.kernel import Kernel
@@ -37,8 +38,8 @@ class Run(Handle):
         self._state = kernel.state
         self._machine = kernel.machine
         self._figures = kernel.state.figures
-        self._global_state = GlobalState(self._machine)
-        if kernel.dialect.globalstate:
+        self._global_state = GlobalState(self._machine, kernel.dialect.globalstate)
+        if kernel.dialect.globalstate is not GlobalStateForm.NEVER:
             handlers = [*handlers, self._global_state]
         self.handlers = handlers
         self._channel: Channel | None = None

@@ -180,6 +180,8 @@ class SaveDriver:
         self.dialect = dialect
         # Ids count from 1: a receiver takes PART id 0 for its first handler.
         self.handlers = list(enumerate(handlers, start=1))
+        self._params = RunParams()
+        self._configuration: Configuration | None = None
         self._active: list[tuple[int, SaveVMHandler]] = []
         self._described: list[dict[str, Any]] = []
         self._reached: list[SaveVMHandler] = []
@@ -225,6 +227,7 @@ class SaveDriver:
     def header(self, configuration: Configuration) -> None:
         self.out.write(items.encode_header())
         if self.dialect.configuration:
+            self._configuration = configuration
             self.out.write(items.encode_configuration(configuration))
 
     def command(self, command: Command, data: bytes = b"") -> None:
@@ -232,6 +235,7 @@ class SaveDriver:
 
     def setup(self, params: RunParams) -> None:
         """Early devices, then START of every live section."""
+        self._params = params
         self._active = [(i, h) for i, h in self.handlers if h.is_active(params)]
         for section_id, handler in self._active:
             if handler.early_setup:
@@ -272,7 +276,9 @@ class SaveDriver:
         return True
 
     def complete(self, mode: Mode) -> None:
-        """END of every live section, then every other device. The machine stands still."""
+        """END of every live section, then every other device that is active now. The machine stands still."""
+        if self.dialect.switchover_start:
+            self.command(Command.SWITCHOVER_START)
         for section_id, live in self._live():
             self._section(
                 ItemType.SECTION_END,
@@ -280,7 +286,11 @@ class SaveDriver:
                 live,
                 lambda live=live: live.complete(self.out, mode),  # type: ignore[misc]
             )
-        rest = [(i, h) for i, h in self._active if not isinstance(h, LiveSaveVMHandler)]
+        rest = [
+            (i, h)
+            for i, h in self.handlers
+            if not isinstance(h, LiveSaveVMHandler) and h.is_active(self._params)
+        ]
         for section_id, handler in sorted(rest, key=lambda e: -e[1].priority):
             if not handler.early_setup:
                 self._full(section_id, handler)
@@ -298,8 +308,11 @@ class SaveDriver:
             own = getattr(handler, "vmdescription", None)  # a verbatim handler brings its own
             if own is not None:
                 return bytes(own)
-        page_size = 1 << self.machine.target_page_bits
-        return json.dumps({"page_size": page_size, "devices": self._described}).encode("ascii")
+        text: dict[str, Any] = {}
+        if self.dialect.described_configuration and self._configuration is not None:
+            text["configuration"] = items.describe_configuration(self._configuration)
+        text |= {"page_size": 1 << self.machine.target_page_bits, "devices": self._described}
+        return json.dumps(text).encode("ascii")
 
     def cleanup(self, outcome: Outcome) -> None:
         for handler in self._reached:
@@ -324,20 +337,24 @@ class LoadStatus:
 class LoadDriver:
     """Reads one stream, up to and including EOF. Re-entrant: a packaged stream is loaded by items() of the same driver
     on another InStream.
+
+    dialect: what the stream must look like; None: as it comes. Whether it has a configuration section and footers shows
+    at the first place where one can be, since no item begins with a footer's byte; `dialect` tells it from then on.
     """
 
     def __init__(
         self,
         machine: Machine,
         handlers: Sequence[SaveVMHandler],
-        dialect: Dialect,
+        dialect: Dialect | None,
         *,
         on_command: Callable[[Command, bytes, InStream], None] | None = None,
         unknown_section: UnknownSection | None = None,
         check_machine: bool = True,
     ) -> None:
         self.machine = machine
-        self.dialect = dialect
+        self.dialect = Dialect() if dialect is None else dialect
+        self._find_configuration = self._find_footers = dialect is None
         self.status = LoadStatus()
         self._handlers = {_key(h): h for h in handlers}
         self._on_command = on_command
@@ -349,6 +366,9 @@ class LoadDriver:
         """Header, configuration and all items. Raises StreamError and EndOfStream with section and offset."""
         items.read_header(inp)
         pushed_back: int | None = None
+        if self._find_configuration:
+            found = inp.buffered(1)[0] == ItemType.CONFIGURATION
+            self.dialect = attrs.evolve(self.dialect, configuration=found)
         if self.dialect.configuration:
             offset = inp.position
             configuration, pushed_back = items.read_configuration(inp, inp.u8())
@@ -442,6 +462,7 @@ class LoadDriver:
     def _payload(self, inp: InStream, header: SectionHeader, handler: SaveVMHandler) -> bool:
         try:
             handler.load(inp, header)
+            self._look_for_footer(inp)
             if self.dialect.footers:
                 items.read_footer(inp, header)
         except TailTaken:
@@ -457,6 +478,13 @@ class LoadDriver:
                 offset=inp.position,
             ) from error
         return False
+
+    def _look_for_footer(self, inp: InStream) -> None:
+        """After the first payload: does a footer follow?"""
+        if self._find_footers:
+            found = inp.buffered(1)[0] == ItemType.FOOTER
+            self.dialect = attrs.evolve(self.dialect, footers=found)
+            self._find_footers = False
 
     # ---- checks
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from whimbrel.errors import PluginError, SettingError, StateError
+from whimbrel.wire import dialects
 from whimbrel.wire.format import Dialect
 
 if TYPE_CHECKING:
@@ -92,7 +93,8 @@ class Profile:
 
     name: str
     values: Mapping[str, Any]
-    dialect: Dialect
+    #: The form of the stream; None: that of the machine type.
+    dialect: Dialect | None
     #: Whether `cancelling` is a state of its own on the way to `cancelled`.
     cancelling: bool
 
@@ -106,7 +108,7 @@ TODAY = Profile(
         "xbzrle-cache-size": 64 * MIB,
         "return-path": True,
     },
-    dialect=Dialect(),
+    dialect=None,
     cancelling=True,
 )
 #: QEMU 1.7, of 2013.
@@ -118,7 +120,7 @@ PROFILE_2013 = Profile(
         "xbzrle-cache-size": 64 * MIB,
         "return-path": False,
     },
-    dialect=Dialect(configuration=False, footers=False, vmdescription=False, globalstate=False),
+    dialect=dialects.by_name("2013"),
     cancelling=False,
 )
 PROFILES = {p.name: p for p in (TODAY, PROFILE_2013)}

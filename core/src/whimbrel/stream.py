@@ -10,7 +10,7 @@ import contextlib
 import mmap
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from whimbrel.channel import Buffer, Channel
 from whimbrel.errors import ChannelError, EndOfStream, MigrationError
@@ -148,8 +148,17 @@ class OutStream(_Latched):
 class InStream(_Latched):
     """The reading side: a buffer of READ_BUFFER bytes that is refilled from the channel."""
 
-    def __init__(self, channel: Channel, *, buffer_size: int = READ_BUFFER) -> None:
+    def __init__(
+        self,
+        channel: Channel,
+        *,
+        buffer_size: int = READ_BUFFER,
+        tap: Callable[[memoryview], object] | None = None,
+    ) -> None:
+        """tap: is given every byte that was consumed, in order, before the stream waits for more and at drain_tap()."""
         self.channel = channel
+        self._tap = tap
+        self._tapped = 0  # what the tap has not yet been given begins here
         self._capacity = buffer_size
         # Anonymous memory begins on a page boundary.
         memory = mmap.mmap(-1, buffer_size + ALIGNMENT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
@@ -199,6 +208,8 @@ class InStream(_Latched):
     def read_into(self, view: memoryview) -> None:
         """Fill view, the large part straight from the channel."""
         have = min(len(view), self._end - self._start)
+        if self._tap is not None:
+            raise ValueError("a tapped stream is read through its buffer")
         view[:have] = self._view[self._start : self._start + have]
         self.consume(have)
         with self._latch():
@@ -208,6 +219,17 @@ class InStream(_Latched):
                     self._raise_end(len(view) - have)
                 have += n
                 self._consumed += n
+
+    def drain_tap(self) -> None:
+        """Give the tap what was consumed by now."""
+        if self._tap is not None and self._start > self._tapped:
+            done, self._tapped = self._view[self._tapped : self._start], self._start
+            self._tap(done)
+
+    def close_tap(self) -> None:
+        """Drain the tap, for good: what is consumed from here on is the reader's own business."""
+        self.drain_tap()
+        self._tap = None
 
     def at_end(self) -> bool:
         """Nothing is buffered and the channel has ended; waits until that is known."""
@@ -245,11 +267,13 @@ class InStream(_Latched):
     def _refill(self, need: int) -> None:
         if need > self._capacity:
             raise ValueError(f"{need} bytes do not fit the buffer of {self._capacity}")
+        self.drain_tap()
         if self.deadline is not None:
             self.check()
             self.channel.peek(1, self.deadline)
         with self._latch():
             self._make_room(need)
+            self._tapped = self._start
             n = self.channel.recv_into(self._view[self._end :])
             if n == 0:
                 self._raise_end(need - (self._end - self._start))

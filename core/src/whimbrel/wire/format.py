@@ -78,11 +78,28 @@ PING_OPEN = 1
 PING_COMMIT = 0x8000_0000
 
 
+class GlobalStateForm(enum.Enum):
+    """When and how the section globalstate is sent."""
+
+    NEVER = "never"
+    ODD = "odd"  # only of a machine that was neither running nor paused
+    ALWAYS = "always"
+    SPLIT = "split"  # always; 32 bytes of run state, then two flags, where older ones have 100 bytes of run state
+
+
 @attrs.frozen(kw_only=True)
 class Dialect:
-    """What both sides must know of the stream's form beforehand: nothing in the stream announces it."""
+    """What both sides must know of the stream's form beforehand: nothing in the stream announces it. See
+    whimbrel.wire.dialects for who speaks which.
+    """
 
     configuration: bool = True
     footers: bool = True
     vmdescription: bool = True
-    globalstate: bool = True
+    #: The vmdescription tells of the configuration section, too.
+    described_configuration: bool = False
+    globalstate: GlobalStateForm = GlobalStateForm.ALWAYS
+    #: A command SWITCHOVER_START goes before the first SECTION_END.
+    switchover_start: bool = False
+    #: With multifd, a record of its own (0x200) and not each end of a section says that the channels are to be flushed.
+    multifd_flush: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from typing import Protocol
+from typing import Any, Protocol
 
 import attrs
 
@@ -125,6 +125,31 @@ def encode_configuration(config: Configuration) -> bytes:
     if config.uuid is not None:
         parts.append(_subsection(_UUID, config.uuid))
     return b"".join(parts)
+
+
+def describe_configuration(config: Configuration) -> dict[str, Any]:
+    """Its member of the vmdescription, as QEMU has it since 8.2."""
+
+    def vmsd(name: str, *fields: tuple[str, str, int]) -> dict[str, Any]:
+        members = [{"name": n, "type": t, "size": s} for n, t, s in fields]
+        return {"vmsd_name": name, "version": 1, "fields": members}
+
+    length = len(config.machine_type.encode())
+    text = vmsd("configuration", ("len", "uint32", 4), ("name", "buffer", length))
+    subsections = []
+    if config.target_page_bits is not None:
+        name = f"configuration/{_PAGE_BITS}"
+        subsections.append(vmsd(name, ("target_page_bits", "uint32", 4)))
+    if config.capabilities:
+        fields = [("capabilities", "capability", len(counted(c))) for c in config.capabilities]
+        name = f"configuration/{_CAPABILITIES}"
+        subsections.append(vmsd(name, ("caps_count", "uint32", 4), *fields))
+    if config.uuid is not None:
+        subsections.append(vmsd(f"configuration/{_UUID}", ("uuid", "uint8", 1)))
+        subsections[-1]["fields"][0]["array_len"] = 16
+    if subsections:
+        text["subsections"] = subsections
+    return text
 
 
 def read_configuration(reader: Reader, next_type: int) -> tuple[Configuration, int]:

@@ -19,8 +19,6 @@ from whimbrel_qemu.tail import ForeignTail, Tail
 if TYPE_CHECKING:
     from whimbrel_ram import RAMBlock
 
-#: The form of the stream of QEMU 2.4 and newer, machine types of 2.4 and newer.
-TODAY = Dialect()
 #: The dirty tracker for memory that nobody writes to.
 STANDS_STILL = "explicit"
 #: Bytes of RAM that are accepted from a source. Pages that are zero take none here.
@@ -45,6 +43,8 @@ class Guest:
     configuration: Configuration
     blocks: tuple[RAMBlock, ...]
     tail: Tail | None
+    #: The form of the stream that it came in; a destination of the same machine type expects the same.
+    dialect: Dialect = attrs.field(factory=Dialect)
 
     @property
     def ram_bytes(self) -> int:
@@ -128,7 +128,7 @@ def read_guest(
     foreign.driver = driver = LoadDriver(
         machine,
         [ram],
-        TODAY,
+        None,
         on_command=on_command,
         unknown_section=foreign,
         check_machine=False,
@@ -161,7 +161,7 @@ def write_guest(guest: Guest, out: OutStream) -> None:
 
     machine = guest.machine()
     ram = RamHandler(guest.blocks, page_size=1 << machine.target_page_bits, tracker=STANDS_STILL)
-    driver = SaveDriver(out, machine, [ram, *machine.handlers], TODAY)
+    driver = SaveDriver(out, machine, [ram, *machine.handlers], guest.dialect)
     outcome = Outcome.FAILED
     try:
         driver.header(guest.configuration)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from whimbrel.errors import StreamError
 from whimbrel.savevm import LoadContext
 from whimbrel.stream import InStream
 from whimbrel.wire.format import ItemType
@@ -24,13 +23,7 @@ class AdoptingRam(RamHandler):
         self._on_start = on_start
 
     def load_setup(self, ctx: LoadContext) -> None:
-        bits = ctx.configuration.target_page_bits if ctx.configuration is not None else None
-        if bits is not None:
-            if not 10 <= bits <= 24:
-                raise StreamError(
-                    "bad page size", section="configuration", expected="10 to 24 bits", found=bits
-                )
-            self.page_size = 1 << bits
+        self.adopt_page_size(ctx)
         super().load_setup(ctx)
 
     def load(self, inp: InStream, header: SectionHeader) -> None:

@@ -17,13 +17,11 @@ from whimbrel.handle import Result
 from whimbrel.kernel import Kernel
 from whimbrel.outgoing import Outgoing
 from whimbrel.plugins import Plugins
-from whimbrel.settings import TODAY
 from whimbrel.stream import InStream
+from whimbrel.wire.format import GlobalStateForm
 from whimbrel_qemu.guest import STANDS_STILL, Guest, read_guest
 from whimbrel_qemu.progress import Progress
 
-#: The kept machine brings its own globalstate.
-PROFILE = attrs.evolve(TODAY, name="kept", dialect=attrs.evolve(TODAY.dialect, globalstate=False))
 _POLL = 0.2  # seconds between looks at a Ctrl-C while waiting
 _CANCEL_PATIENCE = 5.0  # seconds for an orderly end after Ctrl-C
 
@@ -101,7 +99,9 @@ def send(
     progress = progress if progress is not None else Progress()
     guest = load(path, progress=progress)
     size = progress.total  # of the file, and so of the stream, but for a few bytes
-    kernel = Kernel(guest.machine(), profile=PROFILE, plugins=plugins)
+    # The kept machine brings its own globalstate.
+    dialect = attrs.evolve(guest.dialect, globalstate=GlobalStateForm.NEVER)
+    kernel = Kernel(guest.machine(), dialect=dialect, plugins=plugins)
     kernel.named_fds.update(named_fds or {})
     kernel.settings.update(
         {

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 _WHERE = {
     "block": ("RAMBlock",),
+    "check": ("RamChecker",),
     "codec": ("Decoder", "Encoder", "PageFlag"),
     "handler": ("RamHandler",),
     "setup": ("BlockEntry",),
@@ -21,6 +22,7 @@ __all__ = sorted(_MODULE_OF)  # noqa: PLE0605
 
 if TYPE_CHECKING:
     from whimbrel_ram.block import RAMBlock as RAMBlock
+    from whimbrel_ram.check import RamChecker as RamChecker
     from whimbrel_ram.codec import Decoder as Decoder, Encoder as Encoder, PageFlag as PageFlag
     from whimbrel_ram.handler import RamHandler as RamHandler
     from whimbrel_ram.setup import BlockEntry as BlockEntry

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -51,6 +51,7 @@ class RamHandler(LiveSaveVMHandler):
     idstr = "ram"
     version_id = 4
     minimum_version_id = 4
+    decoder_type: ClassVar[type[Decoder]] = Decoder
 
     def __init__(
         self,
@@ -270,10 +271,24 @@ class RamHandler(LiveSaveVMHandler):
                     section="ram",
                     hint="Switch it off on the source",
                 )
-        self._decoder = Decoder(self.page_size, self._find)
+        self._decoder = self.decoder_type(self.page_size, self._find)
         self._targets.clear()
         self._listed.clear()
         self._loading = True
+
+    def adopt_page_size(self, ctx: LoadContext) -> None:
+        """Take the page size of the stream's configuration, in load_setup() of a destination that has none of its own.
+
+        Raises StreamError for a size that no machine has.
+        """
+        bits = ctx.configuration.target_page_bits if ctx.configuration is not None else None
+        if bits is None:
+            return
+        if not 10 <= bits <= 24:
+            raise StreamError(
+                "bad page size", section="configuration", expected="10 to 24 bits", found=bits
+            )
+        self.page_size = 1 << bits
 
     def _find(self, idstr: str) -> Target | None:
         """The block as a target of pages, made at first use: then its memory is looked at."""
@@ -359,7 +374,7 @@ class RamHandler(LiveSaveVMHandler):
                 found=have + entry.length,
             )
         try:
-            block = RAMBlock(entry.idstr, entry.length, page_size=self.page_size)
+            block = self._new_block(entry)
         except OSError as error:
             raise LocalError(
                 f"no memory for RAM block '{entry.idstr}' of {entry.length} bytes: {error}",
@@ -367,6 +382,9 @@ class RamHandler(LiveSaveVMHandler):
             ) from error
         self._blocks[entry.idstr] = block
         return block
+
+    def _new_block(self, entry: BlockEntry) -> RAMBlock:
+        return RAMBlock(entry.idstr, entry.length, page_size=self.page_size)
 
     def load_complete(self) -> None:
         missing = [name for name in self._blocks if name not in self._listed]

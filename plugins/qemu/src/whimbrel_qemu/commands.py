@@ -187,6 +187,7 @@ def receive(uri: str, file: Path, force: bool, max_ram: int | None, as_json: boo
             machine=got.machine_type,
             ram=got.ram_bytes,
             sections=got.sections,
+            verbatim_from=got.verbatim_from,
             run_state=got.run_state,
             stream_bytes=got.stream_bytes,
             file_bytes=got.file_bytes,
@@ -197,10 +198,18 @@ def receive(uri: str, file: Path, force: bool, max_ram: int | None, as_json: boo
     told = (
         "the source was told" if got.acknowledged else "the source asked for no answer, or was gone"
     )
-    click.echo(
-        f"{got.path}: {got.machine_type}, {got.run_state or 'running'}, {human(got.ram_bytes)} RAM,"
-        f" {got.sections} device sections, {human(got.file_bytes)} on disk after {got.seconds:.1f} s; {told}"
+    devices = (
+        "undescribed device sections" if got.sections is None else f"{got.sections} device sections"
     )
+    click.echo(
+        f"{got.path}: {got.machine_type or 'an old machine type'}, {got.run_state or 'running'},"
+        f" {human(got.ram_bytes)} RAM, {devices}, {human(got.file_bytes)} on disk after {got.seconds:.1f} s; {told}"
+    )
+    if got.verbatim_from is not None:
+        click.echo(
+            f"from the live section '{got.verbatim_from}' on, the stream was kept as it came: nobody here can read it",
+            err=True,
+        )
 
 
 @click.command(
@@ -258,6 +267,6 @@ def send(file: Path, uri: str, return_path: bool, bandwidth: int, as_json: bool)
         else "all was sent, and nobody asked the destination whether it has taken over"
     )
     click.echo(
-        f"{done.path} -> {done.uri}: {done.machine_type}, {done.run_state or 'running'},"
+        f"{done.path} -> {done.uri}: {done.machine_type or 'an old machine type'}, {done.run_state or 'running'},"
         f" {human(done.stream_bytes)} in {done.seconds:.1f} s; {told}"
     )

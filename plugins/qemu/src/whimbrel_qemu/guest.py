@@ -12,11 +12,14 @@ from whimbrel.machine import Machine, RunState
 from whimbrel.savevm import Budget, LoadDriver, Mode, SaveDriver, SaveVMHandler
 from whimbrel.state import Outcome, RunParams
 from whimbrel.stream import InStream, OutStream
+from whimbrel.wire import items
 from whimbrel.wire.format import Command, Dialect, ItemType
 from whimbrel.wire.items import Configuration, SectionHeader
+from whimbrel_qemu.rest import Rest, RestSender, RestTaker
 from whimbrel_qemu.tail import ForeignTail, Tail
 
 if TYPE_CHECKING:
+    from whimbrel_qemu.ram import AdoptingRam
     from whimbrel_ram import RAMBlock
 
 #: The dirty tracker for memory that nobody writes to.
@@ -30,21 +33,29 @@ _LIVE = {
     "dirty-bitmap": "Switch the capability dirty-bitmaps off on the source",
 }
 
-#: Offset of what follows magic number and version.
-_CONFIGURATION_AT = 8
-
 OnCommand = Callable[[Command, bytes, InStream], None]
+
+
+#: Called with header and configuration, with the START of RAM if that came, and with whether sections have footers.
+TakeRest = Callable[[bytes, bytes, bool], RestTaker]
 
 
 @attrs.frozen(kw_only=True)
 class Guest:
     """What a stream said of a machine. The run state is that before it was stopped, None if the stream has none."""
 
-    configuration: Configuration
+    #: None: an old machine type, whose stream does not name it.
+    configuration: Configuration | None
     blocks: tuple[RAMBlock, ...]
     tail: Tail | None
     #: The form of the stream that it came in; a destination of the same machine type expects the same.
     dialect: Dialect = attrs.field(factory=Dialect)
+    #: Holds RAM as well, in no order that is known here, if it is there.
+    rest: Rest | None = None
+
+    @property
+    def machine_type(self) -> str | None:
+        return self.configuration.machine_type if self.configuration is not None else None
 
     @property
     def ram_bytes(self) -> int:
@@ -55,19 +66,28 @@ class Guest:
         return self.tail.run_state if self.tail is not None else None
 
     @property
-    def sections(self) -> int:
-        """Device sections, RAM not counted."""
-        return len(self.tail.description.devices) if self.tail is not None else 0
+    def sections(self) -> int | None:
+        """Device sections, RAM not counted; None: they cannot be told apart."""
+        if self.tail is None:
+            return 0
+        return None if self.tail.description is None else len(self.tail.description.devices)
 
     def machine(self) -> Machine:
         """As a machine that whimbrel can migrate: parts and section handlers, no callbacks; it never runs here."""
-        bits = self.configuration.target_page_bits
+        known = self.configuration
+        bits = known.target_page_bits if known is not None else None
         machine = Machine(
-            self.configuration.machine_type,
+            self.machine_type or "unknown",
             target_page_bits=12 if bits is None else bits,
-            uuid=self.configuration.uuid,
+            # Said again if it was said: what is meant where it is not, depends on the architecture.
+            legacy_page_bits=12 if bits is None else 0,
+            uuid=known.uuid if known is not None else None,
             run_state=RunState.PAUSED,
         )
+        if self.rest is not None:
+            assert self.tail is not None
+            machine.register(RestSender(self.rest.data, self.tail.vmdescription or b""))
+            return machine
         for block in self.blocks:
             machine.add(block)
         if self.tail is not None:
@@ -78,31 +98,61 @@ class Guest:
 class _Foreign:
     """Meets the sections that nobody here knows."""
 
-    def __init__(self, answer_ping: Callable[[int], None] | None) -> None:
-        self.tail: ForeignTail | None = None
-        self._answer_ping = answer_ping
+    def __init__(
+        self,
+        ram: AdoptingRam,
+        answer_ping: Callable[[int], None] | None,
+        take_rest: TakeRest | None,
+    ) -> None:
+        self.taken: ForeignTail | RestTaker | None = None
+        self.section = ""
         self.driver: LoadDriver | None = None
+        self._ram = ram
+        self._answer_ping = answer_ping
+        self._take_rest = take_rest
 
     def __call__(self, header: SectionHeader, inp: InStream) -> SaveVMHandler:
-        if header.type is ItemType.SECTION_START:
-            raise StreamError(
-                f"the live section '{header.idstr}' needs a plugin of kind savevm that handles it; this side has none",
-                section=header.idstr,
-                offset=inp.position,
-                hint=_LIVE.get(
-                    header.idstr, "Remove that device from the source, or install such a plugin"
-                ),
-            )
         assert self.driver is not None
-        if ("ram", 0) not in self.driver.status.loaded:
-            raise StreamError(
-                f"section '{header.idstr}' comes before RAM and needs a plugin of kind savevm that handles it",
-                section=header.idstr,
-                offset=inp.position,
-                hint="Remove that device (virtio-mem and its like) from the source",
-            )
-        self.tail = ForeignTail(answer_ping=self._answer_ping)
-        return self.tail
+        self.section = header.idstr
+        live = header.type is ItemType.SECTION_START
+        if live or self._ram.start is None:
+            if self._take_rest is None:
+                raise self._refusal(header, inp, live=live)
+            start = self._ram.encode_start(footers=self._footers)
+            self.taken = self._take_rest(self._head(), start, self._footers)
+        else:
+            self.taken = ForeignTail(answer_ping=self._answer_ping, footers=self._footers)
+        return self.taken
+
+    @property
+    def _footers(self) -> bool:
+        """Known once a section has been read; before, the configuration says whether the machine type is an old one."""
+        assert self.driver is not None
+        if self._ram.start is None:
+            return self.driver.status.configuration is not None
+        return self.driver.dialect.footers
+
+    def _head(self) -> bytes:
+        """Header and configuration, as they came."""
+        assert self.driver is not None
+        head = items.encode_header()
+        if self.driver.status.configuration is not None:
+            head += items.encode_configuration(self.driver.status.configuration)
+        return head
+
+    @staticmethod
+    def _refusal(header: SectionHeader, inp: InStream, *, live: bool) -> StreamError:
+        what = (
+            f"the live section '{header.idstr}'" if live else f"section '{header.idstr}' before RAM"
+        )
+        return StreamError(
+            f"{what} needs a plugin of kind savevm that handles it; this side has none",
+            section=header.idstr,
+            offset=inp.position,
+            hint=_LIVE.get(
+                header.idstr, "Remove that device from the source, or install such a plugin"
+            ),
+        )
 
 
 def read_guest(
@@ -112,23 +162,25 @@ def read_guest(
     answer_ping: Callable[[int], None] | None = None,
     on_ram_start: Callable[[], None] = lambda: None,
     max_ram: int = MAX_RAM,
+    take_rest: TakeRest | None = None,
+    dialect: Dialect | None = None,
 ) -> Guest:
     """A whole stream, up to and including its vmdescription.
 
     on_command takes the source's commands, answer_ping the PING before the end. on_ram_start is called when RAM is
-    about to come, and may raise. max_ram: bytes of RAM that are accepted.
+    about to come, and may raise. max_ram: bytes of RAM that are accepted. take_rest: takes streams with live sections
+    that nobody here knows; None refuses them. dialect: what the stream must look like; None: it shows.
 
     Raises StreamError and EndOfStream with section and offset.
     """
     from whimbrel_qemu.ram import AdoptingRam
 
-    machine = Machine("any")
     ram = AdoptingRam(max_ram, on_ram_start)
-    foreign = _Foreign(answer_ping)
+    foreign = _Foreign(ram, answer_ping, take_rest)
     foreign.driver = driver = LoadDriver(
-        machine,
+        Machine("any"),
         [ram],
-        None,
+        dialect,
         on_command=on_command,
         unknown_section=foreign,
         check_machine=False,
@@ -136,23 +188,23 @@ def read_guest(
     outcome = Outcome.FAILED
     try:
         status = driver.load(inp)
-        tail = foreign.tail.tail if foreign.tail is not None else None
-        if tail is None:
-            driver.vmdescription(inp)
-        if ("ram", 0) not in status.loaded:
+        taken = foreign.taken
+        if taken is None:
+            described = driver.vmdescription(inp) is not None
+        else:
+            described = taken.tail is not None and taken.tail.vmdescription is not None
+        if ram.start is None and not isinstance(taken, RestTaker):
             raise StreamError("the stream has no section ram", offset=inp.position)
         outcome = Outcome.COMPLETED
-    except StreamError as error:
-        if driver.status.configuration is None and error.offset == _CONFIGURATION_AT:
-            error.hint = (
-                "Only the stream of QEMU 2.4 and newer can be kept, with configuration, footers and vmdescription:"
-                " use a machine type of 2.4 or newer"
-            )
-        raise
     finally:
         driver.cleanup(outcome)
-    assert status.configuration is not None
-    return Guest(configuration=status.configuration, blocks=ram.blocks, tail=tail)
+    return Guest(
+        configuration=status.configuration,
+        blocks=ram.blocks,
+        tail=taken.tail if taken is not None else None,
+        dialect=attrs.evolve(driver.dialect, vmdescription=described),
+        rest=taken.rest(foreign.section) if isinstance(taken, RestTaker) else None,
+    )
 
 
 def write_guest(guest: Guest, out: OutStream) -> None:
@@ -164,7 +216,7 @@ def write_guest(guest: Guest, out: OutStream) -> None:
     driver = SaveDriver(out, machine, [ram, *machine.handlers], guest.dialect)
     outcome = Outcome.FAILED
     try:
-        driver.header(guest.configuration)
+        driver.header(guest.configuration or Configuration(machine_type=machine.machine_type))
         driver.setup(RunParams())
         while not driver.iterate(Budget()):
             pass

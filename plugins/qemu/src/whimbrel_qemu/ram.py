@@ -6,9 +6,12 @@ from collections.abc import Callable
 
 from whimbrel.savevm import LoadContext
 from whimbrel.stream import InStream
+from whimbrel.wire import items
 from whimbrel.wire.format import ItemType
 from whimbrel.wire.items import SectionHeader
 from whimbrel_ram import RamHandler
+from whimbrel_ram.codec import EOS_RECORD
+from whimbrel_ram.setup import BlockEntry, encode_setup
 
 
 class AdoptingRam(RamHandler):
@@ -21,6 +24,8 @@ class AdoptingRam(RamHandler):
     def __init__(self, max_ram: int, on_start: Callable[[], None]) -> None:
         super().__init__((), adopt=max_ram)
         self._on_start = on_start
+        #: The header of its START, when that has come.
+        self.start: SectionHeader | None = None
 
     def load_setup(self, ctx: LoadContext) -> None:
         self.adopt_page_size(ctx)
@@ -29,4 +34,13 @@ class AdoptingRam(RamHandler):
     def load(self, inp: InStream, header: SectionHeader) -> None:
         super().load(inp, header)
         if header.type is ItemType.SECTION_START:
+            self.start = header
             self._on_start()
+
+    def encode_start(self, *, footers: bool) -> bytes:
+        """The START section as it came, without pages; nothing if it has not come."""
+        if self.start is None:
+            return b""
+        setup = encode_setup(BlockEntry(b.idstr, b.size) for b in self.blocks)
+        footer = items.encode_footer(self.start.section_id) if footers else b""
+        return items.encode_section_header(self.start) + setup + EOS_RECORD + footer

@@ -32,9 +32,10 @@ from whimbrel.kernel import Kernel
 from whimbrel.plugins import Plugins
 from whimbrel.stream import InStream, OutStream
 from whimbrel.way_back import WayBack
-from whimbrel.wire.format import Command
+from whimbrel.wire.format import Command, Dialect
 from whimbrel_qemu.guest import MAX_RAM, Guest, read_guest, write_guest
 from whimbrel_qemu.progress import Progress
+from whimbrel_qemu.rest import RestKeeper
 
 #: What a multifd channel of QEMU begins with, as soon as it is connected.
 _MULTIFD = bytes.fromhex("11223344")
@@ -54,9 +55,13 @@ class Received:
     """What was received and kept. Sizes in bytes, seconds from the first byte to the synced file."""
 
     path: Path
-    machine_type: str
+    #: None: an old one, whose stream does not name it.
+    machine_type: str | None
     ram_bytes: int
-    sections: int
+    #: Device sections; None: the stream describes none, so that they could not be checked.
+    sections: int | None
+    #: The live section from which on the stream was kept as it came, RAM included: nobody here can read it.
+    verbatim_from: str | None
     #: RunState of the machine before it was stopped; a destination starts it if that was 'running'.
     run_state: str | None
     stream_bytes: int
@@ -92,6 +97,7 @@ def receive(
     *,
     force: bool = False,
     max_ram: int = MAX_RAM,
+    dialect: Dialect | None = None,
     plugins: Plugins | None = None,
     named_fds: Mapping[str, int] | None = None,
     on_listening: Callable[[tuple[str, ...]], None] = lambda _: None,
@@ -99,7 +105,8 @@ def receive(
 ) -> Received:
     """Listen at uri, take one migration, and keep it in the file.
 
-    force: replace a file that exists. max_ram: bytes of RAM that are accepted. named_fds: descriptors for fd:NAME.
+    force: replace a file that exists. max_ram: bytes of RAM that are accepted. dialect: the form that the
+    stream must have; None: it shows. named_fds: descriptors for fd:NAME.
     on_listening is told the real addresses, as URIs, once a source can connect.
 
     The source gets its acknowledgement after the file has been synced to disk; whatever fails before makes it run on.
@@ -124,6 +131,7 @@ def receive(
                     target,
                     force=force,
                     max_ram=max_ram,
+                    dialect=dialect,
                     progress=progress,
                     check_others=functools.partial(_refuse_multifd, listener),
                 )
@@ -137,6 +145,7 @@ def receive_from(
     *,
     force: bool = False,
     max_ram: int = MAX_RAM,
+    dialect: Dialect | None = None,
     progress: Progress | None = None,
     check_others: Callable[[], None] = lambda: None,
 ) -> Received:
@@ -151,15 +160,24 @@ def receive_from(
     began = time.monotonic()
     progress.begin("receiving", lambda: inp.position)
     try:
-        guest = read_guest(
-            inp,
-            on_command=way_back.command,
-            answer_ping=way_back.pong,
-            on_ram_start=check_others,
-            max_ram=max_ram,
-        )
-        check_others()
-        file_bytes = _store(guest, target, force, progress)
+        with _partial(target) as (fd, partial):
+            guest = read_guest(
+                inp,
+                on_command=way_back.command,
+                answer_ping=way_back.pong,
+                on_ram_start=check_others,
+                max_ram=max_ram,
+                take_rest=lambda head, start, footers: RestKeeper(
+                    fd, head + start, items_at=len(head), footers=footers
+                ),
+                dialect=dialect,
+            )
+            check_others()
+            if guest.rest is None:
+                _write(guest, fd, partial, progress)
+            progress.begin("syncing")
+            _publish(fd, partial, target, force)
+            file_bytes = os.fstat(fd).st_size
     except BaseException as error:
         told = way_back.tell(1)
         if isinstance(error, EndOfStream):
@@ -169,7 +187,8 @@ def receive_from(
         raise
     return Received(
         path=target,
-        machine_type=guest.configuration.machine_type,
+        machine_type=guest.machine_type,
+        verbatim_from=guest.rest.section if guest.rest is not None else None,
         ram_bytes=guest.ram_bytes,
         sections=guest.sections,
         run_state=guest.run_state,
@@ -222,25 +241,24 @@ def _exists(target: Path) -> LocalError:
     return LocalError(f"{target} exists", hint="Name another file, or use --force to replace it")
 
 
-def _store(guest: Guest, target: Path, force: bool, progress: Progress) -> int:
-    """Write, sync, give it its name, sync that; the size in bytes."""
-    with _partial(target) as (fd, partial):
-        # The channel closes what it is given; the descriptor for fsync and lock stays here.
-        with DescriptorChannel(write_fd=os.dup(fd), name=str(partial)) as channel:
-            out = OutStream(channel)
-            progress.begin("writing", lambda: out.position)
-            write_guest(guest, out)
-            size = out.position
-        progress.begin("syncing")
-        with _naming(target):
-            os.fsync(fd)
-            _rename(partial, target, force)
-            folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(folder)
-            finally:
-                os.close(folder)
-    return size
+def _write(guest: Guest, fd: int, partial: Path, progress: Progress) -> None:
+    # The channel closes what it is given; the descriptor for fsync and lock stays here.
+    with DescriptorChannel(write_fd=os.dup(fd), name=str(partial)) as channel:
+        out = OutStream(channel)
+        progress.begin("writing", lambda: out.position)
+        write_guest(guest, out)
+
+
+def _publish(fd: int, partial: Path, target: Path, force: bool) -> None:
+    """Sync, give it its name, sync that."""
+    with _naming(target):
+        os.fsync(fd)
+        _rename(partial, target, force)
+        folder = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ from whimbrel.stream import InStream
 from whimbrel.wire.format import GlobalStateForm
 from whimbrel_qemu.guest import STANDS_STILL, Guest, read_guest
 from whimbrel_qemu.progress import Progress
+from whimbrel_qemu.rest import FileRest
 
 _POLL = 0.2  # seconds between looks at a Ctrl-C while waiting
 _CANCEL_PATIENCE = 5.0  # seconds for an orderly end after Ctrl-C
@@ -34,7 +35,7 @@ class Sent:
 
     path: Path
     uri: str
-    machine_type: str
+    machine_type: str | None
     ram_bytes: int
     run_state: str | None
     stream_bytes: int
@@ -56,7 +57,10 @@ def load(path: str | os.PathLike[str], *, progress: Progress | None = None) -> G
     with DescriptorChannel(read_fd=fd, name=str(source)) as channel:
         inp = InStream(channel)
         progress.begin("reading", lambda: inp.position, os.fstat(fd).st_size)
-        return read_guest(inp)
+        return read_guest(
+            inp,
+            take_rest=lambda head, _, footers: FileRest(fd, items_at=len(head), footers=footers),
+        )
 
 
 def _wait(run: Outgoing) -> Result:
@@ -118,7 +122,7 @@ def send(
     return Sent(
         path=Path(path),
         uri=uri,
-        machine_type=guest.configuration.machine_type,
+        machine_type=guest.machine_type,
         ram_bytes=guest.ram_bytes,
         run_state=guest.run_state,
         stream_bytes=figures.transferred,

@@ -18,6 +18,7 @@ from typing import Any
 
 import attrs
 
+from whimbrel.channel import Buffer
 from whimbrel.errors import DeadlineExceeded, EndOfStream, StreamError
 from whimbrel.savevm import SaveVMHandler, TailTaken
 from whimbrel.stream import InStream, OutStream
@@ -42,15 +43,21 @@ _PING = bytes((ItemType.COMMAND,)) + struct.pack(">HH", Command.PING, 4)
 
 @attrs.frozen(kw_only=True)
 class Tail:
-    """FULL sections as they are on the wire, without commands, and the text that describes them."""
+    """FULL sections as they are on the wire, without commands, and the text that describes them.
+
+    Without a description (old machine types send none) the sections cannot be told apart.
+    """
 
     sections: bytes
-    vmdescription: bytes
-    description: vmdesc.Description
+    vmdescription: bytes | None
+    description: vmdesc.Description | None
+    footers: bool = True
 
     def payloads(self) -> list[tuple[vmdesc.Device, memoryview]]:
         """Each device with the bytes of its payload, in the order of the stream."""
-        walk = _Walk(memoryview(self.sections))
+        if self.description is None:
+            return []
+        walk = _Walk(memoryview(self.sections), self.footers)
         return [(device, walk.device(device)) for device in self.description.devices]
 
     @property
@@ -65,8 +72,9 @@ class Tail:
 class _Walk:
     """Goes through FULL sections by what the description says of them. Raises StreamError where they differ."""
 
-    def __init__(self, data: memoryview) -> None:
+    def __init__(self, data: memoryview, footers: bool = True) -> None:
         self._data = data
+        self._footers = footers
         self.position = 0
         self.commands: list[tuple[int, int]] = []  # (from, to)
 
@@ -96,7 +104,8 @@ class _Walk:
         start = self.position
         self.position += device.payload_size(self._data[start:])
         payload = self._data[start : self.position]
-        items.read_footer(self, header)
+        if self._footers:
+            items.read_footer(self, header)
         return payload
 
     def skip_commands(self) -> None:
@@ -112,11 +121,14 @@ class _Walk:
 class TailReader:
     """Takes bytes as they arrive, the header of the first FULL section in front, until `tail` is there. Sans-I/O."""
 
-    def __init__(self, base: int = 0) -> None:
-        """base: the offset in the stream of the first byte, for messages."""
+    def __init__(self, base: int = 0, *, footers: bool = True) -> None:
+        """base: the offset in the stream of the first byte, for messages. footers: each section ends with one."""
+        self._footers = footers
         self.tail: Tail | None = None
         #: Bytes that came behind the vmdescription.
         self.surplus = 0
+        #: Where the EOF byte is, counted from the first byte taken; None until it was found.
+        self.eof: int | None = None
         #: Why the last vmdescription that was found is not the end, or None.
         self.rejected: StreamError | None = None
         self._base = base
@@ -169,6 +181,7 @@ class TailReader:
             self.rejected = error.with_traceback(None)
             return self._dismiss()
         self.surplus = len(data) - end
+        self.eof = at
         return False
 
     def _dismiss(self) -> bool:
@@ -179,7 +192,7 @@ class TailReader:
     def _accept(self, at: int, text: bytes) -> None:
         description = vmdesc.parse(text)
         with memoryview(self._data) as whole, whole[:at] as before:
-            walk = _Walk(before)
+            walk = _Walk(before, self._footers)
             for device in description.devices:
                 walk.device(device).release()
             walk.skip_commands()
@@ -192,7 +205,36 @@ class TailReader:
                 kept += before[start:command]
                 start = behind
             kept += before[start:]
-        self.tail = Tail(sections=bytes(kept), vmdescription=text, description=description)
+        self.tail = Tail(
+            sections=bytes(kept),
+            vmdescription=text,
+            description=description,
+            footers=self._footers,
+        )
+
+    def end_without_description(self) -> bool:
+        """The stream has ended: take what came if it can have ended there, with the EOF byte; whether it was so."""
+        data, end = self._data, len(self._data) - 1
+        if self.rejected is not None or end < _FOOTER or data[end] != ItemType.EOF:
+            return False
+        behind_ping = data[end - len(_PING) - _U32.size :].startswith(_PING)
+        if self._footers and data[end - _FOOTER] != ItemType.FOOTER and not behind_ping:
+            return False
+        self.tail = Tail(
+            sections=bytes(data[:end]), vmdescription=None, description=None, footers=self._footers
+        )
+        return True
+
+    @property
+    def settled(self) -> int:
+        """How many of the bytes taken come before any that may be the EOF byte, with what has arrived; all, once the
+        end was found.
+        """
+        data = self._data
+        if self.tail is not None:
+            return len(data)
+        maybe_eof = len(data) - (data[-1:] == _END[:1])
+        return min(maybe_eof, self._scanned) if self._scanned < len(data) - 1 else maybe_eof
 
     def commit_ping(self) -> int | None:
         """The value of a PING that asks whether everything so far has been loaded, if what has arrived ends with one."""
@@ -201,13 +243,63 @@ class TailReader:
         if footer < self._answered or self._data[start : start + len(_PING)] != _PING:
             return None
         (value,) = _U32.unpack_from(self._data, start + len(_PING))
-        if self._data[footer] != ItemType.FOOTER or not value & PING_COMMIT:
+        if self._footers and self._data[footer] != ItemType.FOOTER:
+            return None
+        if not value & PING_COMMIT:
             return None
         return int(value)
 
     def ping_answered(self) -> None:
         """The same PING is not to be answered twice."""
         self._answered = len(self._data)
+
+
+@attrs.frozen(kw_only=True)
+class Found:
+    """Where the device sections and the end are in a piece of a stream that was not read item by item."""
+
+    tail: Tail
+    #: Offsets in the piece: of the first device section, and of the EOF byte.
+    start: int
+    eof: int
+
+
+def find_tail(data: Buffer, *, footers: bool = True) -> Found | None:
+    """The end of a stream whose last byte is the last of `data`, if a vmdescription is there that fits what is before.
+
+    For streams with live sections that nobody here can read: where those end, shows only from behind.
+    """
+    with memoryview(data) as view:
+        raw = bytes(view)
+    at = len(raw)
+    while (at := raw.rfind(_END, max(0, len(raw) - MAX_VMDESCRIPTION - _FOOTER - 1), at)) >= 0:
+        text_at = at + len(_END) + _U32.size
+        if raw[text_at : text_at + 1] != b"{":
+            continue
+        if _U32.unpack_from(raw, at + len(_END))[0] == len(raw) - text_at:
+            break
+    if at < 0:
+        return None
+    text = raw[text_at:]
+    try:
+        description = vmdesc.parse(text)
+    except StreamError:
+        return None
+    if not description.devices:
+        return None
+    first = description.devices[0]
+    name = items.counted(first.name) + _U32.pack(first.instance_id)
+    behind = at
+    while (found := raw.rfind(name, 0, behind)) >= 0:
+        behind = found + len(name) - 1
+        start = found - 1 - _U32.size  # the header: type, section id, name
+        if start < 0 or raw[start] != ItemType.SECTION_FULL:
+            continue
+        reader = TailReader(start, footers=footers)
+        reader.feed(raw[start:])
+        if reader.tail is not None and reader.eof == at - start:
+            return Found(tail=reader.tail, start=start, eof=at)
+    return None
 
 
 class ForeignTail(SaveVMHandler):
@@ -222,10 +314,17 @@ class ForeignTail(SaveVMHandler):
     verbatim = True
 
     def __init__(
-        self, tail: Tail | None = None, *, answer_ping: Callable[[int], None] | None = None
+        self,
+        tail: Tail | None = None,
+        *,
+        answer_ping: Callable[[int], None] | None = None,
+        footers: bool = True,
     ) -> None:
-        """answer_ping: called with the value of a PING that the source waits for; it sends the PONG."""
+        """answer_ping: called with the value of a PING that the source waits for; it sends the PONG. footers: the
+        sections that come have some.
+        """
         self.tail = tail
+        self._footers = footers
         self._answer_ping = answer_ping
 
     @property
@@ -238,7 +337,7 @@ class ForeignTail(SaveVMHandler):
 
     def load(self, inp: InStream, header: SectionHeader) -> None:
         first = items.encode_section_header(header)
-        reader = TailReader(inp.position - len(first))
+        reader = TailReader(inp.position - len(first), footers=self._footers)
         reader.feed(first)
         try:
             while reader.tail is None:
@@ -250,7 +349,8 @@ class ForeignTail(SaveVMHandler):
                 inp.consume(n)
                 self._look_for_ping(reader, inp)
         except EndOfStream as error:
-            raise self._no_end(reader, "the stream ended") from error
+            if not reader.end_without_description():
+                raise self._no_end(reader, "the stream ended") from error
         except DeadlineExceeded as error:
             raise self._no_end(reader, f"nothing came for {PATIENCE:.0f} s") from error
         self.tail = reader.tail

@@ -249,12 +249,15 @@ def test_a_stream_without_vmdescription_still_starts_the_machine(world):
     assert destination.machine.run_state is RunState.RUNNING
 
 
-@pytest.mark.parametrize("command", [Command.PING, Command.POSTCOPY_ADVISE, Command.ENABLE_COLO])
-def test_commands_that_need_more_are_refused(world, command):
+@pytest.mark.parametrize(
+    ("command", "length"),
+    [(Command.PING, 4), (Command.POSTCOPY_ADVISE, 16), (Command.ENABLE_COLO, 0)],
+)
+def test_commands_that_need_more_are_refused(world, command, length):
     head = items.encode_header() + items.encode_configuration(
         Configuration(machine_type="test-1.0")
     )
-    data = head + items.encode_command(command, bytes(4 if command is Command.PING else 0))
+    data = head + items.encode_command(command, bytes(length))
     destination = world.side()
     incoming = destination.kernel.incoming("pair:")
     feed(world, data)

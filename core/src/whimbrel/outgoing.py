@@ -34,7 +34,7 @@ from whimbrel.savevm import Budget, Mode, Pending, SaveDriver, SaveVMHandler
 from whimbrel.settings import Capability
 from whimbrel.state import Outcome, Status
 from whimbrel.stream import WINDOW, InStream, OutStream
-from whimbrel.wire.format import PING_COMMIT, PING_OPEN, Answer, Command
+from whimbrel.wire.format import PING_COMMIT, PING_OPEN, PONG_RELAY, Answer, Command
 from whimbrel.wire.items import Configuration
 from whimbrel.wire.return_path import read_answer
 
@@ -59,6 +59,7 @@ class Outgoing(Run):
         self.uri = str(route.uri)
         self._figures.started = time.monotonic()
         self._answers: InStream | None = None
+        self._relayed = False  # what the channel leads to is a relay
         self._stopped_from: RunState | None = None  # the run state to go back to
         self._invalidated = False
         self._stopped_at = 0.0
@@ -294,7 +295,7 @@ class Outgoing(Run):
     def _peer_is_gone(self, error: BaseException) -> bool:
         """Proof that the process at the other end is gone, so that nothing can run there."""
         assert self._channel is not None
-        if self._answers is None or not self._channel.eof_means_peer_gone:
+        if self._answers is None or self._relayed or not self._channel.eof_means_peer_gone:
             return False  # a destination that cannot answer closes when it runs the machine, too
         if isinstance(error, EndOfStream):
             return True
@@ -345,6 +346,8 @@ class Outgoing(Run):
                     hint="Its own log says why",
                 )
             raise StreamError("the destination said that it is done before the end of the stream")
+        if answer is Answer.PONG and struct.unpack(">I", data)[0] == PONG_RELAY:
+            self._relayed = True
         if answer not in (Answer.PONG, Answer.SWITCHOVER_ACK):
             raise StreamError(f"{answer.name} is not an answer of this kind of migration")
 

@@ -11,6 +11,18 @@ from whimbrel.wire.format import PING_COMMIT, Command
 from whimbrel.wire.return_path import encode_pong, encode_shut
 
 
+def check_precopy(command: Command, data: bytes, inp: InStream) -> None:
+    """Raises StreamError for a command that needs more than precopy."""
+    if command is Command.POSTCOPY_ADVISE and not data:
+        return  # the short form says only that a section dirty-bitmap may follow
+    if command not in (Command.OPEN_RETURN_PATH, Command.PING, Command.SWITCHOVER_START):
+        raise StreamError(
+            f"command {command.name} needs a capability that this side does not have",
+            offset=inp.position,
+            hint="Switch that capability off on the source",
+        )
+
+
 class WayBack:
     """The way back of one channel; open once the source has asked for it."""
 
@@ -38,12 +50,8 @@ class WayBack:
             if not self.is_open:
                 raise StreamError("PING without a return path", offset=inp.position)
             self.pong(struct.unpack(">I", data)[0])
-        elif command is not Command.SWITCHOVER_START:
-            raise StreamError(
-                f"command {command.name} needs a capability that this side does not have",
-                offset=inp.position,
-                hint="Switch that capability off on the source",
-            )
+        else:
+            check_precopy(command, data, inp)
 
     def pong(self, value: int) -> None:
         """Answer a PING, if the source can be answered. Raises ChannelError."""

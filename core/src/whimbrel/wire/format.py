@@ -76,6 +76,9 @@ class Answer(enum.IntEnum):
 PING_OPEN = 1
 #: Our PING before the end of the stream has this bit set; the rest is the machine's generation, 31 bits.
 PING_COMMIT = 0x8000_0000
+#: A PONG that nobody asked for, with this value ("rely"): a relay stands between the two machines, so that the end of
+#: the channel says nothing about the process at the far end. QEMU ignores it.
+PONG_RELAY = 0x7265_6C79
 
 
 class GlobalStateForm(enum.Enum):

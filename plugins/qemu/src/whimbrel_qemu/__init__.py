@@ -1,4 +1,5 @@
-"""What only a real QEMU peer needs: keep its machine as a file, and put such a file into another QEMU.
+"""What only a real QEMU peer needs: keep its machine as a file, put such a file into another QEMU, pass a
+migration on from one to another.
 
 Names are imported at first use.
 """
@@ -12,6 +13,7 @@ _WHERE = {
     "guest": ("Guest", "read_guest", "write_guest"),
     "progress": ("Progress",),
     "receiving": ("Received", "receive"),
+    "relaying": ("Passage", "PassedSection", "Relayed", "relay"),
     "sending": ("Sent", "load", "send"),
     "tail": ("ForeignTail", "Tail", "TailReader"),
 }
@@ -19,7 +21,7 @@ _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605
 
 if TYPE_CHECKING:
-    from whimbrel_qemu import guest, progress, receiving, sending, tail
+    from whimbrel_qemu import guest, progress, receiving, relaying, sending, tail
 
     Guest = guest.Guest
     read_guest = guest.read_guest
@@ -27,6 +29,10 @@ if TYPE_CHECKING:
     Progress = progress.Progress
     Received = receiving.Received
     receive = receiving.receive
+    Passage = relaying.Passage
+    PassedSection = relaying.PassedSection
+    Relayed = relaying.Relayed
+    relay = relaying.relay
     Sent = sending.Sent
     load = sending.load
     send = sending.send

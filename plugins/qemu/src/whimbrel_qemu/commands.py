@@ -52,7 +52,7 @@ def human(size: float) -> str:
     return f"{size:.1f} TiB"
 
 
-def _event(event: str, **members: object) -> None:
+def event(event: str, **members: object) -> None:
     """One line of JSON on standard output."""
     click.echo(json.dumps({"event": event, **members}))
 
@@ -76,7 +76,7 @@ def _render(progress: Progress) -> RenderableType:
 
 
 @contextlib.contextmanager
-def _shown(progress: Progress) -> Iterator[None]:
+def shown(progress: Progress) -> Iterator[None]:
     """A line on standard error that tells how far it is, where that is a terminal."""
     if not sys.stderr.isatty():
         yield
@@ -104,7 +104,7 @@ def _shown(progress: Progress) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _terminated_as_interrupted() -> Iterator[None]:
+def terminated_as_interrupted() -> Iterator[None]:
     """SIGTERM cleans up as Ctrl-C does: the peer is told, no half file stays."""
 
     def interrupt(number: int, frame: types.FrameType | None) -> None:
@@ -166,12 +166,12 @@ def receive(uri: str, file: Path, force: bool, max_ram: int | None, as_json: boo
 
     def listening(addresses: tuple[str, ...]) -> None:
         if as_json:
-            _event("listening", addresses=addresses)
+            event("listening", addresses=addresses)
         else:
             click.echo(f"listening at {' '.join(addresses) or uri}", err=True)
 
     progress = Progress()
-    with _terminated_as_interrupted(), _shown(progress):
+    with terminated_as_interrupted(), shown(progress):
         got = run(
             uri,
             file,
@@ -181,7 +181,7 @@ def receive(uri: str, file: Path, force: bool, max_ram: int | None, as_json: boo
             progress=progress,
         )
     if as_json:
-        _event(
+        event(
             "received",
             file=str(got.path),
             machine=got.machine_type,
@@ -246,10 +246,10 @@ def send(file: Path, uri: str, return_path: bool, bandwidth: int, as_json: bool)
     from whimbrel_qemu.sending import send as run
 
     progress = Progress()
-    with _terminated_as_interrupted(), _error_told_once(), _shown(progress):
+    with terminated_as_interrupted(), _error_told_once(), shown(progress):
         done = run(file, uri, return_path=return_path, max_bandwidth=bandwidth, progress=progress)
     if as_json:
-        _event(
+        event(
             "sent",
             file=str(done.path),
             uri=done.uri,

@@ -1,4 +1,4 @@
-"""What this plugin adds: the commands `migctl receive` and `migctl send`."""
+"""What this plugin adds: the commands `migctl receive`, `migctl send` and `migctl relay`."""
 
 from __future__ import annotations
 
@@ -12,5 +12,6 @@ whimbrel_api = (1, 0)
 @hookimpl
 def cli_commands() -> list[Any]:
     from whimbrel_qemu.commands import receive, send
+    from whimbrel_qemu.relay_command import relay
 
-    return [receive, send]
+    return [receive, send, relay]

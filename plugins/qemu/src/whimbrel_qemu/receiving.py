@@ -32,7 +32,7 @@ from whimbrel.kernel import Kernel
 from whimbrel.plugins import Plugins
 from whimbrel.stream import InStream, OutStream
 from whimbrel.way_back import WayBack
-from whimbrel.wire.format import Command, Dialect
+from whimbrel.wire.format import Dialect
 from whimbrel_qemu.guest import MAX_RAM, Guest, read_guest, write_guest
 from whimbrel_qemu.progress import Progress
 from whimbrel_qemu.rest import RestKeeper
@@ -41,7 +41,7 @@ from whimbrel_qemu.rest import RestKeeper
 _MULTIFD = bytes.fromhex("11223344")
 _PATIENCE = 1.0  # seconds to wait for it
 
-_BROKE_OFF = "The source broke off: its own log says why, and it still has its machine"
+BROKE_OFF = "The source broke off: its own log says why, and it still has its machine"
 _NOT_TOLD = (
     "The source asks for no answer (capability return-path) and may believe that its machine has moved:"
     " 'cont' there lets it run on"
@@ -73,11 +73,6 @@ class Received:
 
 class _WayBack(WayBack):
     """The answers to a source that asks for some, whatever section it is about to be refused for."""
-
-    def command(self, command: Command, data: bytes, inp: InStream) -> None:
-        if command is Command.POSTCOPY_ADVISE and not data:
-            return  # the short form: a section dirty-bitmap may follow, which is refused by its own name
-        super().command(command, data, inp)
 
     def tell(self, status: int) -> bool:
         """Tell the source how it ended, if that is possible; whether it was."""
@@ -133,7 +128,7 @@ def receive(
                     max_ram=max_ram,
                     dialect=dialect,
                     progress=progress,
-                    check_others=functools.partial(_refuse_multifd, listener),
+                    check_others=functools.partial(refuse_multifd, listener),
                 )
     finally:
         os.close(cancel_fd)
@@ -181,7 +176,7 @@ def receive_from(
     except BaseException as error:
         told = way_back.tell(1)
         if isinstance(error, EndOfStream):
-            error.hint = error.hint or _BROKE_OFF
+            error.hint = error.hint or BROKE_OFF
         elif isinstance(error, MigrationError) and not told:
             error.hint = f"{error.hint}. {_NOT_TOLD}" if error.hint else _NOT_TOLD
         raise
@@ -199,7 +194,7 @@ def receive_from(
     )
 
 
-def _refuse_multifd(listener: Listener) -> None:
+def refuse_multifd(listener: Listener) -> None:
     """Pages that travel over further connections would be missing, and nothing in the stream says that they do."""
     with contextlib.suppress(DeadlineExceeded):
         while True:

@@ -233,7 +233,8 @@ class TailReader:
         data = self._data
         if self.tail is not None:
             return len(data)
-        maybe_eof = len(data) - (data[-1:] == _END[:1])
+        behind_ping = data[-len(_PING) - _U32.size :].startswith(_PING)  # its value may end so
+        maybe_eof = len(data) - (data[-1:] == _END[:1] and not behind_ping)
         return min(maybe_eof, self._scanned) if self._scanned < len(data) - 1 else maybe_eof
 
     def commit_ping(self) -> int | None:
@@ -252,6 +253,19 @@ class TailReader:
     def ping_answered(self) -> None:
         """The same PING is not to be answered twice."""
         self._answered = len(self._data)
+
+    def no_end(self, what: str) -> StreamError:
+        """The error that the stream was over, or still, before its end."""
+        facts: dict[str, Any] = {}
+        if self.rejected is not None:
+            facts["found"] = f"one that does not fit: {self.rejected}"
+        return StreamError(
+            f"{what} before a vmdescription that fits the device sections",
+            offset=self.position,
+            hint="The source broke off, or its machine sends no vmdescription (suppress-vmdesc=on, or older than"
+            " pc-i440fx-2.3): such device sections cannot be told apart",
+            **facts,
+        )
 
 
 @attrs.frozen(kw_only=True)
@@ -350,9 +364,9 @@ class ForeignTail(SaveVMHandler):
                 self._look_for_ping(reader, inp)
         except EndOfStream as error:
             if not reader.end_without_description():
-                raise self._no_end(reader, "the stream ended") from error
+                raise reader.no_end("the stream ended") from error
         except DeadlineExceeded as error:
-            raise self._no_end(reader, f"nothing came for {PATIENCE:.0f} s") from error
+            raise reader.no_end(f"nothing came for {PATIENCE:.0f} s") from error
         self.tail = reader.tail
         raise TailTaken
 
@@ -365,15 +379,3 @@ class ForeignTail(SaveVMHandler):
         except DeadlineExceeded:  # the source waits for us: so it was no chance
             self._answer_ping(value)
             reader.ping_answered()
-
-    def _no_end(self, reader: TailReader, what: str) -> StreamError:
-        facts: dict[str, Any] = {}
-        if reader.rejected is not None:
-            facts["found"] = f"one that does not fit: {reader.rejected}"
-        return StreamError(
-            f"{what} before a vmdescription that fits the device sections",
-            offset=reader.position,
-            hint="The source broke off, or its machine sends no vmdescription (suppress-vmdesc=on, or older than"
-            " pc-i440fx-2.3): such device sections cannot be told apart",
-            **facts,
-        )

@@ -1,0 +1,198 @@
+"""The sections of a stream that passes by: checked, held back where they could start the destination, never kept."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import time
+from collections.abc import Callable
+
+from whimbrel.channel import Buffer
+from whimbrel.errors import DeadlineExceeded, EndOfStream
+from whimbrel.savevm import SaveVMHandler, TailTaken
+from whimbrel.stream import InStream, OutStream
+from whimbrel.wire import items
+from whimbrel.wire.format import ItemType
+from whimbrel.wire.items import SectionHeader
+from whimbrel_qemu.tail import PATIENCE, Tail, TailReader
+from whimbrel_ram.check import RamChecker
+
+#: Seconds of silence after which a last byte 00 of what came is looked at more closely.
+_SILENCE = 0.05
+_POLL = 0.2  # seconds between looks whether the destination has decided
+
+#: What an end with a vmdescription looks like: EOF, its type, its length, its first character.
+_END = re.compile(rb"\x00\x06....\{", re.DOTALL)
+_END_LENGTH = 7
+
+
+class _Passing(SaveVMHandler):
+    """Of a stream that is loaded nowhere: any version will do, and there is nothing to save."""
+
+    version_id = 0xFFFFFFFF
+    minimum_version_id = 0
+
+    def save(self, out: OutStream) -> None:
+        raise NotImplementedError("what passes by is not saved")
+
+
+class PassingRam(RamChecker):
+    """RAM: every record is checked, and counted. on_start is called when the blocks are known; it may raise."""
+
+    def __init__(self, on_start: Callable[[], None], on_end: Callable[[], None]) -> None:
+        """on_end is called when the first byte of its END came: the source has stopped its machine."""
+        super().__init__()
+        self._on_start = on_start
+        self._on_end = on_end
+        self.bytes = 0
+        self.started = False
+
+    def load(self, inp: InStream, header: SectionHeader) -> None:
+        begin = inp.position
+        if header.type is ItemType.SECTION_END:
+            self._on_end()
+        super().load(inp, header)
+        self.bytes += inp.position - begin
+        if header.type is ItemType.SECTION_START:
+            self.started = True
+            self._on_start()
+
+
+class PassingDevices(_Passing):
+    """All device sections, to the end of the stream; load() raises TailTaken.
+
+    What may be the EOF byte is held back, and what is behind it, until a vmdescription came that fits everything
+    before: the destination starts its machine after EOF only. Where the machine type sends no vmdescription there is
+    nothing to check by.
+    """
+
+    idstr = "(devices)"
+
+    def __init__(
+        self,
+        forward: Callable[[Buffer], None],
+        commit: Callable[[Buffer], None],
+        *,
+        footers: bool,
+        described: bool,
+        over: Callable[[], bool],
+    ) -> None:
+        """forward: sends what may go on; commit: the same for what begins with the EOF byte. described: a vmdescription
+        must come. over: whether the destination has decided.
+        """
+        self.tail: Tail | None = None
+        #: The idstr of the first.
+        self.first = ""
+        self._forward = forward
+        self._commit = commit
+        self._footers = footers
+        self._described = described
+        self._over = over
+        self._held = bytearray()
+        self._forwarded = 0
+        #: What may be the EOF byte has gone on, and silence behind it is no fault.
+        self._ended = False
+
+    def load(self, inp: InStream, header: SectionHeader) -> None:
+        inp.close_tap()  # the header has gone on; the rest goes by what is said below
+        self.first = header.idstr
+        first = items.encode_section_header(header)
+        reader = TailReader(inp.position - len(first), footers=self._footers)
+        reader.feed(first)
+        self._forwarded = len(first)
+        try:
+            while reader.tail is None:
+                self._wait(inp, reader)
+                chunk = inp.buffered(1)
+                reader.feed(chunk)
+                self._held += chunk
+                inp.consume(len(chunk))
+                if reader.tail is None:
+                    self._pass_on(reader.settled)
+        except EndOfStream as error:
+            if not reader.end_without_description():
+                raise reader.no_end("the stream ended") from error
+        self.tail = reader.tail
+        if self._held:
+            self._commit(self._held[: len(self._held) - reader.surplus])
+        raise TailTaken
+
+    def _wait(self, inp: InStream, reader: TailReader) -> None:
+        """For the next bytes. Those held go on meanwhile where they may be the end of a stream that nothing describes."""
+        if inp.buffered():
+            return
+        try:
+            if self._held and not self._described:
+                with contextlib.suppress(DeadlineExceeded):
+                    inp.channel.peek(1, time.monotonic() + _SILENCE)
+                    return
+                self._commit(self._held)
+                self._forwarded += len(self._held)
+                self._held.clear()
+                self._ended = True
+            if self._ended:
+                _wait_or_over(inp, self._over)
+            else:
+                inp.channel.peek(1, time.monotonic() + PATIENCE)
+        except DeadlineExceeded as error:
+            raise reader.no_end(f"nothing came for {PATIENCE:.0f} s") from error
+
+    def _pass_on(self, settled: int) -> None:
+        n = settled - self._forwarded
+        if n > 0:
+            self._forward(self._held[:n])
+            del self._held[:n]
+            self._forwarded += n
+
+
+class PassingRest(_Passing):
+    """The rest of a stream, from a live section on that nobody here can read; load() raises TailTaken at its end."""
+
+    idstr = "(verbatim)"
+
+    def __init__(
+        self, on_end: Callable[[], None], *, described: bool, over: Callable[[], bool]
+    ) -> None:
+        """on_end is called before anything goes on that may be the EOF byte: at once where the stream need not have a
+        vmdescription. over: whether the destination has decided.
+        """
+        self._on_end = on_end
+        self._described = described
+        self._over = over
+        self._last = b""
+        self._seen = False
+
+    def load(self, inp: InStream, header: SectionHeader) -> None:
+        if not self._described:
+            self._end()
+        while True:
+            try:
+                _wait_or_over(inp, self._over)
+                chunk = inp.buffered(1)
+            except EndOfStream:
+                if self._seen:
+                    raise TailTaken from None
+                raise
+            self._look_for_end(chunk)
+            inp.consume(len(chunk))
+
+    def _look_for_end(self, chunk: memoryview) -> None:
+        seam = self._last + bytes(chunk[: _END_LENGTH - 1])
+        if not self._seen and (_END.search(seam) or _END.search(chunk)):
+            self._end()
+        self._last = (self._last + bytes(chunk[-_END_LENGTH + 1 :]))[-_END_LENGTH + 1 :]
+
+    def _end(self) -> None:
+        self._seen = True
+        self._on_end()
+
+
+def _wait_or_over(inp: InStream, over: Callable[[], bool]) -> None:
+    """For more of the stream, what was read having gone on. Raises TailTaken if the destination decides before."""
+    inp.drain_tap()
+    while not inp.buffered():
+        if over():
+            raise TailTaken
+        with contextlib.suppress(DeadlineExceeded):
+            inp.channel.peek(1, time.monotonic() + _POLL)
+            return

@@ -3,6 +3,7 @@
 0    done
 1    the migration, the file or the plugin at fault is named on standard error, with what to do next
 2    the command line is wrong
+6    the outcome is unknown: the other side may run the machine, or not
 70   a defect: `-v` shows the traceback
 130  interrupted with Ctrl-C
 """
@@ -13,11 +14,12 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from whimbrel.errors import BlockedError, MigrationError
+from whimbrel.errors import BlockedError, MigrationError, OutcomeUnknown
 from whimbrel_cli import logs
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_UNKNOWN = 6
 EXIT_DEFECT = 70
 EXIT_INTERRUPTED = 130
 
@@ -36,7 +38,7 @@ def run(argv: Sequence[str]) -> int:
         return _interrupted()
     except MigrationError as error:
         _say(_migration_error(error))
-        return EXIT_FAILED
+        return EXIT_UNKNOWN if isinstance(error, OutcomeUnknown) else EXIT_FAILED
     except OSError as error:
         if error.filename is None:
             return _defect(error)

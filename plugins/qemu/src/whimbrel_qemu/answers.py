@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 
 from whimbrel.channel import Channel
-from whimbrel.errors import MigrationError
+from whimbrel.errors import EndOfStream, MigrationError
 from whimbrel.stream import InStream
 from whimbrel.wire.format import PONG_RELAY, Answer
 from whimbrel.wire.return_path import encode_answer, encode_pong, encode_shut, read_answer
@@ -42,6 +42,9 @@ class Answers(threading.Thread):
                 self._back.send([encode_pong(PONG_RELAY)])
             while self.status is None:
                 self._pass_on(*read_answer(self._inp))
+        except EndOfStream as error:
+            self.error = EndOfStream("the destination closed the connection without an answer")
+            self.error.__cause__ = error
         except MigrationError as error:
             self.error = error
         finally:

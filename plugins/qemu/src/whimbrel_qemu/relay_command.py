@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -29,9 +30,10 @@ def _dialect(_: click.Context, __: click.Parameter, value: str | None) -> Dialec
 
 def _ask(as_json: bool) -> bool | None:
     """Does the destination run the machine? Without a terminal, wait for Ctrl-C; the source waits as long."""
-    if sys.stdin.isatty() and not as_json:
-        return bool(click.confirm("Does the destination run the machine?", err=True))
-    signal.pause()
+    with contextlib.suppress(KeyboardInterrupt, click.Abort):
+        if sys.stdin.isatty() and not as_json:
+            return bool(click.confirm("Does the destination run the machine?", err=True))
+        signal.pause()
     return None
 
 

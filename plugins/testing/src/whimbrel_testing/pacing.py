@@ -239,7 +239,10 @@ class Link:
                 if held and not select.select([come], [], [], _HOLD)[0]:
                     self._pass(direction, go, held)
                     held = b""
-                data = come.recv(_CHUNK)
+                try:
+                    data = come.recv(_CHUNK)
+                except ConnectionResetError:  # who sends is gone: no more comes
+                    data = b""
                 self._open.wait()
                 if pair.ended:
                     return

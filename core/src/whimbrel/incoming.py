@@ -80,7 +80,7 @@ class Incoming(Run):
             outcome = Outcome.CANCELLED if isinstance(error, Cancelled) else Outcome.FAILED
             if self._way_back is not None:
                 with contextlib.suppress(MigrationError):
-                    self._way_back.shut(1)
+                    self._way_back.refuse()
         self._end(outcome, error, "incoming migration", log)
 
     def _receive(self) -> None:
@@ -97,6 +97,7 @@ class Incoming(Run):
             self.kernel.dialect,
             on_command=self._way_back.command,
             unknown_section=self._unknown_section,
+            capabilities=self.kernel.settings.on_wire(),
         )
         self._tell_handlers = driver.cleanup
         try:

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
+import time
 
 from whimbrel.channel import Channel
-from whimbrel.errors import StreamError
+from whimbrel.errors import MigrationError, StreamError
 from whimbrel.stream import InStream
 from whimbrel.wire.format import PING_COMMIT, Command
 from whimbrel.wire.return_path import encode_pong, encode_shut
+
+#: Seconds in which a source that was refused reads that and hangs up.
+LINGER = 1.0
+
+
+def linger(channel: Channel) -> None:
+    """Read and drop what still comes, for a while: a connection that is closed with something unread is reset, and that may
+    take with it what was said last.
+    """
+    deadline = time.monotonic() + LINGER
+    view = memoryview(bytearray(1 << 16))
+    with contextlib.suppress(MigrationError):
+        while channel.peek(1, deadline) and time.monotonic() < deadline:
+            channel.recv_into(view)
 
 
 def check_precopy(command: Command, data: bytes, inp: InStream) -> None:
@@ -48,7 +64,11 @@ class WayBack:
                 )
         elif command is Command.PING:
             if not self.is_open:
-                raise StreamError("PING without a return path", offset=inp.position)
+                raise StreamError(
+                    "PING without a return path",
+                    offset=inp.position,
+                    expected=f"{Command.OPEN_RETURN_PATH.name} before it",
+                )
             self.pong(struct.unpack(">I", data)[0])
         else:
             check_precopy(command, data, inp)
@@ -66,3 +86,10 @@ class WayBack:
             return False
         self._answers.send([encode_shut(status)])
         return True
+
+    def refuse(self) -> bool:
+        """Say that it failed, and leave the source the time to read it; False if it asked for no answers. Raises ChannelError."""
+        told = self.shut(1)
+        if told:
+            linger(self._channel)
+        return told

@@ -19,6 +19,8 @@ from whimbrel_ram.check import RamChecker
 
 #: Seconds of silence after which a last byte 00 of what came is looked at more closely.
 _SILENCE = 0.05
+#: Seconds of silence behind a vmdescription that does not fit, after which it is taken for the end.
+_DOUBT = 1.0
 _POLL = 0.2  # seconds between looks whether the destination has decided
 
 #: What an end with a vmdescription looks like: EOF, its type, its length, its first character.
@@ -133,9 +135,10 @@ class PassingDevices(_Passing):
             if self._ended:
                 _wait_or_over(inp, self._over)
             else:
-                inp.channel.peek(1, time.monotonic() + PATIENCE)
+                patience = PATIENCE if reader.rejected is None else _DOUBT
+                inp.channel.peek(1, time.monotonic() + patience)
         except DeadlineExceeded as error:
-            raise reader.no_end(f"nothing came for {PATIENCE:.0f} s") from error
+            raise reader.no_end("nothing more came") from error
 
     def _pass_on(self, settled: int) -> None:
         n = settled - self._forwarded

@@ -77,7 +77,7 @@ class _WayBack(WayBack):
     def tell(self, status: int) -> bool:
         """Tell the source how it ended, if that is possible; whether it was."""
         try:
-            return self.shut(status)
+            return self.refuse() if status else self.shut(status)
         except MigrationError as error:
             level = logging.INFO if status else logging.WARNING
             log.log(

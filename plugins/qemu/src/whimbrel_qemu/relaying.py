@@ -38,9 +38,10 @@ from whimbrel.machine import Machine
 from whimbrel.plugins import Plugins
 from whimbrel.savevm import LoadDriver, SaveVMHandler
 from whimbrel.stream import InStream
-from whimbrel.way_back import check_precopy
+from whimbrel.way_back import check_precopy, linger
 from whimbrel.wire.format import Command, Dialect, ItemType
 from whimbrel.wire.items import SectionHeader
+from whimbrel.wire.return_path import encode_shut
 from whimbrel_qemu.answers import Answers
 from whimbrel_qemu.passing import PassingDevices, PassingRam, PassingRest
 from whimbrel_qemu.progress import Progress
@@ -248,6 +249,9 @@ class Passage:
         back, out = self._source.return_path(), self._destination.return_path()
         if back is None or out is None:
             blind = self._source if back is None else self._destination
+            if back is not None:
+                back.send([encode_shut(1)])
+                linger(self._source)
             raise StreamError(
                 f"the source wants answers, but {blind.name} has no way back",
                 offset=self._inp.position,
@@ -373,6 +377,7 @@ class Passage:
         """The machine stays at the source."""
         if self._answers is not None:
             self._answers.tell(1)
+            linger(self._source)
         self._destination.abort()
 
     def _ask(self, unknown: OutcomeUnknown, on_unknown: OnUnknown) -> None:

@@ -131,6 +131,7 @@ class TailReader:
         self.eof: int | None = None
         #: Why the last vmdescription that was found is not the end, or None.
         self.rejected: StreamError | None = None
+        self._rejected_at: int | None = None  # where the first of those is
         self._base = base
         self._data = bytearray()
         self._scanned = 0  # no candidate begins before this
@@ -179,6 +180,7 @@ class TailReader:
         except StreamError as error:
             # Without the frames that it came through: they hold views of the data, which must be able to grow.
             self.rejected = error.with_traceback(None)
+            self._rejected_at = at if self._rejected_at is None else self._rejected_at
             return self._dismiss()
         self.surplus = len(data) - end
         self.eof = at
@@ -233,6 +235,8 @@ class TailReader:
         data = self._data
         if self.tail is not None:
             return len(data)
+        if self._rejected_at is not None:
+            return self._rejected_at  # by chance, or the end of a stream that is wrong
         behind_ping = data[-len(_PING) - _U32.size :].startswith(_PING)  # its value may end so
         maybe_eof = len(data) - (data[-1:] == _END[:1] and not behind_ping)
         return min(maybe_eof, self._scanned) if self._scanned < len(data) - 1 else maybe_eof

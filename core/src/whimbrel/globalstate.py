@@ -19,6 +19,15 @@ from whimbrel.wire.items import SectionHeader
 _TEXT = 100
 _SPLIT_TEXT = 32
 _SPLIT_REST = 66
+#: Those of an embedder, and what else a QEMU may say.
+_STATES = frozenset(RunState) | {
+    "colo",
+    "debug",
+    "preconfig",
+    "restore-vm",
+    "save-vm",
+    "watchdog",
+}
 
 
 class GlobalState(SaveVMHandler):
@@ -49,12 +58,17 @@ class GlobalState(SaveVMHandler):
 
     def load(self, inp: InStream, header: SectionHeader) -> None:
         inp.u32()
+        offset = inp.position
         text = inp.read(_TEXT).split(b"\0")[0]
-        if not text.isascii() or not text:
+        state = text.decode("ascii", "backslashreplace")
+        if state not in _STATES:
             raise StreamError(
-                "the run state is not a word", expected="a RunState", found=repr(text)
+                "the section has no run state that is known",
+                offset=offset,
+                expected=f"one of {', '.join(sorted(_STATES))}",
+                found=repr(state),
             )
-        self._machine.received_run_state = text.decode()
+        self._machine.received_run_state = state
 
     def describe(self) -> dict[str, Any]:
         rest = [("runstate", "buffer", _TEXT)]

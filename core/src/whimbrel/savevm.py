@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import enum
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -351,7 +352,9 @@ class LoadDriver:
         on_command: Callable[[Command, bytes, InStream], None] | None = None,
         unknown_section: UnknownSection | None = None,
         check_machine: bool = True,
+        capabilities: Iterable[str] = (),
     ) -> None:
+        """capabilities: those that are on here, of the ones that a stream names: each may change its form."""
         self.machine = machine
         self.dialect = Dialect() if dialect is None else dialect
         self._find_configuration = self._find_footers = dialect is None
@@ -360,6 +363,7 @@ class LoadDriver:
         self._on_command = on_command
         self._unknown = unknown_section
         self._check_machine = check_machine
+        self._capabilities = frozenset(capabilities)
         self._live: dict[int, tuple[SectionHeader, SaveVMHandler]] = {}
 
     def load(self, inp: InStream) -> LoadStatus:
@@ -375,15 +379,26 @@ class LoadDriver:
             self.status.configuration = configuration
             if self._check_machine:
                 self._check(configuration, offset)
+            self._check_capabilities(configuration, offset)
         ctx = LoadContext(machine=self.machine, configuration=self.status.configuration)
-        for handler in self._handlers.values():
-            handler.load_setup(ctx)
+        with self._at(inp):
+            for handler in self._handlers.values():
+                handler.load_setup(ctx)
         self.items(inp, pushed_back)
         if not self.status.tail_taken:
             self._check_complete(inp)
-        for handler in self._handlers.values():
-            handler.load_complete()
+        with self._at(inp):
+            for handler in self._handlers.values():
+                handler.load_complete()
         return self.status
+
+    @contextlib.contextmanager
+    def _at(self, inp: InStream) -> Iterator[None]:
+        try:
+            yield
+        except StreamError as error:
+            error.at(offset=inp.position)
+            raise
 
     def items(self, inp: InStream, first: int | None = None) -> None:
         """Items up to EOF, the type byte of the first having been read perhaps."""
@@ -505,6 +520,19 @@ class LoadDriver:
                     found=repr(found),
                     hint="Start the destination with the same machine",
                 )
+
+    def _check_capabilities(self, configuration: Configuration, offset: int) -> None:
+        sent = frozenset(configuration.capabilities or ())
+        for name in sorted(sent ^ self._capabilities):
+            theirs, ours = ("on", "off") if name in sent else ("off", "on")
+            raise StreamError(
+                f"the source has capability {name} {theirs}, and it is {ours} here",
+                section="configuration",
+                offset=offset,
+                expected=", ".join(sorted(self._capabilities)) or "no capability",
+                found=", ".join(sorted(sent)) or "no capability",
+                hint="Switch it alike on both sides",
+            )
 
     def _unknown_section(self, header: SectionHeader, offset: int) -> StreamError:
         names = [f"{i} (instance {n})" for i, n in self._handlers if i == header.idstr]

@@ -286,6 +286,14 @@ class Settings:
     def declared(self) -> tuple[Setting, ...]:
         return tuple(self._declared.values())
 
+    def on_wire(self) -> tuple[str, ...]:
+        """Names of the capabilities that are on and go into the configuration section."""
+        return tuple(
+            s.name
+            for s in self.declared()
+            if isinstance(s, Capability) and s.on_wire and self[s.name]
+        )
+
     def find(self, name: str) -> Setting:
         with self._lock:
             if name not in self._names:

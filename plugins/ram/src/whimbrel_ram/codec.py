@@ -249,7 +249,10 @@ class Decoder:
                 block = self._block
                 if block is None:
                     raise self._error(
-                        "a page record without a block: CONTINUE comes first", position + offset
+                        "a page record without a block: CONTINUE comes first",
+                        position + offset,
+                        expected="a record with the name of its block",
+                        found=f"{flags:#05x}",
                     )
             else:
                 if left < 9 or left < (head := 9 + buffer[offset + 8]):
@@ -307,7 +310,10 @@ class Decoder:
             target = self._find(idstr)
             if target is None:
                 raise self._error(
-                    f"unknown RAM block '{idstr}'", position + offset + 8, found=repr(idstr)
+                    f"unknown RAM block '{idstr}'",
+                    position + offset + 8,
+                    expected="a block of the setup record",
+                    found=repr(idstr),
                 )
             self._targets[name] = target
         return target

@@ -71,10 +71,16 @@ def read_setup(
                 "a RAM block without a printable name",
                 section="ram",
                 offset=offset,
+                expected=f"blocks for {left} more bytes",
                 found=repr(idstr),
             )
         if idstr in entries:
-            raise StreamError(f"RAM block '{idstr}' is listed twice", section="ram", offset=offset)
+            raise StreamError(
+                f"RAM block '{idstr}' is listed twice",
+                section="ram",
+                offset=offset,
+                expected="each block once",
+            )
         if not 0 < length <= left or length % page_size:
             raise StreamError(
                 f"bad length of RAM block '{idstr}'",

@@ -14,6 +14,8 @@ import struct
 import time
 from typing import TYPE_CHECKING, NoReturn
 
+import attrs
+
 from whimbrel.channel import Role
 from whimbrel.errors import (
     Cancelled,
@@ -66,6 +68,13 @@ class Outgoing(Run):
         self._round_trip = 0.0
         self._scan_time = 0.0
         self._dirty_rate: float | None = None
+        #: The value of the last PONG: the destination had loaded everything before the PING of that value.
+        self.last_pong: int | None = None
+
+    @property
+    def has_return_path(self) -> bool:
+        """The destination was asked for answers."""
+        return self._answers is not None
 
     def _too_late(self) -> NoReturn:
         raise StateError(
@@ -114,7 +123,7 @@ class Outgoing(Run):
             self._driver.command(Command.PING, struct.pack(">I", PING_OPEN))
             self._out.flush()
             self._measure_round_trip()
-        self._driver.setup(self._state.params)
+        self._driver.setup(attrs.evolve(self._state.params, return_path=way_back is not None))
         self._figures.setup_time = time.monotonic() - began
         self._check_cancelled()
         self._state.transition(Status.SETUP, Status.ACTIVE)
@@ -338,6 +347,8 @@ class Outgoing(Run):
     def _note(self, answer: Answer, data: bytes) -> None:
         """An answer that nobody waits for: refusals end the migration."""
         log.debug("answer %s %s", answer.name, data.hex())
+        if answer is Answer.PONG:
+            (self.last_pong,) = struct.unpack(">I", data)
         if answer is Answer.SHUT:
             status = struct.unpack(">I", data)[0]
             if status:

@@ -94,6 +94,8 @@ class RunParams:
 
     blk: bool = False
     inc: bool = False
+    #: The destination answers: a return path is open. Known from setup() on.
+    return_path: bool = False
 
 
 @attrs.define(kw_only=True)

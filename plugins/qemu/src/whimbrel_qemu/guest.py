@@ -15,6 +15,7 @@ from whimbrel.stream import InStream, OutStream
 from whimbrel.wire import items
 from whimbrel.wire.format import Command, Dialect, ItemType
 from whimbrel.wire.items import Configuration, SectionHeader
+from whimbrel_qemu.milestones import Milestones
 from whimbrel_qemu.rest import Rest, RestSender, RestTaker
 from whimbrel_qemu.tail import ForeignTail, Tail
 
@@ -72,8 +73,11 @@ class Guest:
             return 0
         return None if self.tail.description is None else len(self.tail.description.devices)
 
-    def machine(self) -> Machine:
-        """As a machine that whimbrel can migrate: parts and section handlers, no callbacks; it never runs here."""
+    def machine(self, milestones: Milestones | None = None) -> Machine:
+        """As a machine that whimbrel can migrate: parts and section handlers, no callbacks; it never runs here.
+
+        milestones: tell how far a destination gets.
+        """
         known = self.configuration
         bits = known.target_page_bits if known is not None else None
         machine = Machine(
@@ -84,14 +88,16 @@ class Guest:
             uuid=known.uuid if known is not None else None,
             run_state=RunState.PAUSED,
         )
+        if milestones is not None:
+            machine.register(milestones)
         if self.rest is not None:
             assert self.tail is not None
-            machine.register(RestSender(self.rest.data, self.tail.vmdescription or b""))
+            machine.register(RestSender(self.rest.data, self.tail, milestones))
             return machine
         for block in self.blocks:
             machine.add(block)
         if self.tail is not None:
-            machine.register(ForeignTail(self.tail))
+            machine.register(ForeignTail(self.tail, milestones=milestones))
         return machine
 
 

@@ -20,7 +20,8 @@ from whimbrel.state import RunParams
 from whimbrel.stream import InStream, OutStream
 from whimbrel.wire import items
 from whimbrel.wire.items import SectionHeader
-from whimbrel_qemu.tail import Tail, find_tail
+from whimbrel_qemu.milestones import Milestones
+from whimbrel_qemu.tail import Tail, find_tail, write_sections
 
 #: Seconds of silence behind what looks like the end. Guest memory may hold the end of another stream.
 SILENCE = 1.0
@@ -144,11 +145,15 @@ class RestSender(LiveSaveVMHandler):
     idstr = "(verbatim)"
     verbatim = True
 
-    def __init__(self, data: memoryview, vmdescription: bytes) -> None:
-        """data: from the first section to the last one, the EOF byte not included."""
-        self._data = data
+    def __init__(self, data: memoryview, tail: Tail, milestones: Milestones | None = None) -> None:
+        """data: from the first section to the last one, the EOF byte not included. tail: the device sections that
+        should end it. milestones: ask before each of those that is sent.
+        """
+        self._tail = tail if data[-len(tail.sections) :] == tail.sections else None
+        self._data = data if self._tail is None else data[: -len(tail.sections)]
+        self._milestones = milestones
         self._sent = 0
-        self.vmdescription = vmdescription
+        self.vmdescription = tail.vmdescription or b""
 
     def setup(self, out: OutStream, params: RunParams) -> None:
         self._sent = 0
@@ -167,6 +172,8 @@ class RestSender(LiveSaveVMHandler):
     def complete(self, out: OutStream, mode: Mode) -> None:
         while self._sent < len(self._data):
             self._step(out)
+        if self._tail is not None:
+            write_sections(self._tail, out, self._milestones)
 
     def _step(self, out: OutStream) -> None:
         piece = self._data[self._sent : self._sent + _CHUNK]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import time
@@ -11,17 +12,31 @@ from pathlib import Path
 
 import attrs
 
+from whimbrel.channel import Role
 from whimbrel.descriptors import DescriptorChannel
-from whimbrel.errors import LocalError, MigrationError, OutcomeUnknown, StateError
+from whimbrel.errors import (
+    ChannelError,
+    EndOfStream,
+    LocalError,
+    MigrationError,
+    OutcomeUnknown,
+    PeerError,
+    StateError,
+)
 from whimbrel.handle import Result
 from whimbrel.kernel import Kernel
 from whimbrel.outgoing import Outgoing
 from whimbrel.plugins import Plugins
 from whimbrel.stream import InStream
-from whimbrel.wire.format import GlobalStateForm
+from whimbrel.wire import dialects
+from whimbrel.wire.format import Dialect, GlobalStateForm
+from whimbrel_qemu.compare import Comparison, compare
 from whimbrel_qemu.guest import STANDS_STILL, Guest, read_guest
+from whimbrel_qemu.milestones import RAM, Milestones
 from whimbrel_qemu.progress import Progress
+from whimbrel_qemu.refusal import Evidence, refused
 from whimbrel_qemu.rest import FileRest
+from whimbrel_qemu.witness import Witness
 
 _POLL = 0.2  # seconds between looks at a Ctrl-C while waiting
 _CANCEL_PATIENCE = 5.0  # seconds for an orderly end after Ctrl-C
@@ -44,8 +59,16 @@ class Sent:
     acknowledged: bool
 
 
-def load(path: str | os.PathLike[str], *, progress: Progress | None = None) -> Guest:
-    """The machine in the file. Raises LocalError (no such file), StreamError and EndOfStream with the offset."""
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dialect: Dialect | None = None,
+    progress: Progress | None = None,
+) -> Guest:
+    """The machine in the file. dialect: the form that the stream must have; None: it shows.
+
+    Raises LocalError (no such file), StreamError and EndOfStream with the offset.
+    """
     progress = progress if progress is not None else Progress()
     source = Path(path)
     try:
@@ -59,6 +82,7 @@ def load(path: str | os.PathLike[str], *, progress: Progress | None = None) -> G
         progress.begin("reading", lambda: inp.position, os.fstat(fd).st_size)
         return read_guest(
             inp,
+            dialect=dialect,
             take_rest=lambda head, _, footers: FileRest(fd, items_at=len(head), footers=footers),
         )
 
@@ -84,28 +108,65 @@ def _wait(run: Outgoing) -> Result:
         raise
 
 
+def sample(uri: str, *, plugins: Plugins | None = None) -> Guest:
+    """A machine to compare with, from a source that sends it to uri (`exec:cat other.mig`, `unix:PATH`); none is kept.
+
+    The source gets no answers, so that it must not ask for any. Raises as receive() does.
+    """
+    kernel = Kernel(plugins=plugins)
+    context = kernel.context(Role.DESTINATION)
+    with kernel.route(uri).listen(context) as listener, listener.accept() as channel:
+        return read_guest(InStream(channel))
+
+
+class Incompatible(LocalError):
+    """A comparison found what the destination would refuse: nothing was sent. All of it is in `comparison`."""
+
+    def __init__(self, comparison: Comparison) -> None:
+        worst, *others = comparison.refused
+        more = f" (and {len(others)} more)" if others else ""
+        place = f", {worst.field}" if worst.field else ""
+        super().__init__(
+            f"the destination would refuse the guest{place}: {worst.what}{more}",
+            section=worst.section,
+            hint=f"{worst.hint or 'Make them the same'}. Nothing was sent; without --against it is tried",
+        )
+        self.comparison = comparison
+
+
 def send(
     path: str | os.PathLike[str],
     uri: str,
     *,
     return_path: bool = True,
     max_bandwidth: int = 0,
+    dialect: Dialect | None = None,
+    against: Guest | None = None,
+    monitor: str | None = None,
+    log_file: Path | None = None,
     plugins: Plugins | None = None,
     named_fds: Mapping[str, int] | None = None,
     progress: Progress | None = None,
 ) -> Sent:
     """Read the file and migrate what is in it to uri. The file is never changed.
 
-    return_path: ask the destination for an answer, where the transport has a way back. max_bandwidth in bytes per
-    second, 0 is unlimited. named_fds: descriptors for fd:NAME. Raises as load() and Kernel.migrate(), and what the migration ended with (PeerError,
-    ChannelError, OutcomeUnknown); KeyboardInterrupt cancels it.
+    return_path: ask the destination for an answer, where the transport has a way back: then it says as well up to which
+    section it got. max_bandwidth in bytes per second, 0 is unlimited. dialect: the form of the stream in the file; None:
+    it shows. against: a guest of a QEMU like the destination; what that would refuse is not sent. monitor, log_file:
+    where the destination can be heard, QMP (PATH or HOST:PORT) and its standard error output. named_fds: descriptors
+    for fd:NAME.
+
+    Raises as load() and Kernel.migrate(), Incompatible, Refused with the reason, and what else the migration ended with
+    (ChannelError, OutcomeUnknown); KeyboardInterrupt cancels it.
     """
     progress = progress if progress is not None else Progress()
-    guest = load(path, progress=progress)
+    guest = load(path, dialect=dialect, progress=progress)
     size = progress.total  # of the file, and so of the stream, but for a few bytes
-    # The kept machine brings its own globalstate.
-    dialect = attrs.evolve(guest.dialect, globalstate=GlobalStateForm.NEVER)
-    kernel = Kernel(guest.machine(), dialect=dialect, plugins=plugins)
+    comparison = compare(guest, against) if against is not None else None
+    if comparison is not None and comparison.refused:
+        raise Incompatible(comparison)
+    milestones = Milestones(guest.rest.section if guest.rest is not None else RAM)
+    kernel = Kernel(guest.machine(milestones), dialect=_dialect(guest), plugins=plugins)
     kernel.named_fds.update(named_fds or {})
     kernel.settings.update(
         {
@@ -114,11 +175,31 @@ def send(
             "dirty-tracker": STANDS_STILL,
         }
     )
-    began = time.monotonic()
-    run = kernel.migrate(uri)
-    figures = kernel.state.figures
-    progress.begin("sending", lambda: figures.transferred, size)
-    result = _wait(run)
+    with Witness(monitor=monitor, log=log_file) as witness:
+        if witness.monitor is not None:
+            witness.monitor.check(guest.machine_type)
+            witness.monitor.listen(uri)
+        began = time.monotonic()
+        run = kernel.migrate(uri)
+        figures = kernel.state.figures
+        progress.begin("sending", lambda: figures.transferred, size)
+        try:
+            result = _wait(run)
+        except (PeerError, ChannelError) as error:
+            reason = refused(
+                Evidence(
+                    guest=guest,
+                    error=error,
+                    said=witness.said(error),
+                    asked=run.has_return_path and _gave_up(error),
+                    at=milestones.reached(run.last_pong),
+                    milestones=milestones,
+                    comparison=comparison,
+                )
+            )
+            if reason is None:
+                raise
+            raise reason from error
     return Sent(
         path=Path(path),
         uri=uri,
@@ -128,4 +209,24 @@ def send(
         stream_bytes=figures.transferred,
         seconds=time.monotonic() - began,
         acknowledged=result.acknowledged,
+    )
+
+
+def _gave_up(error: MigrationError) -> bool:
+    """The destination, not the way to it."""
+    cause = error.__cause__
+    return isinstance(error, PeerError | EndOfStream) or (
+        isinstance(cause, OSError) and cause.errno in (errno.EPIPE, errno.ECONNRESET)
+    )
+
+
+def _dialect(guest: Guest) -> Dialect:
+    """What the destination expects. The kept machine brings its own globalstate; a stream that was not taken apart brings
+    its commands, too.
+    """
+    expected = dialects.for_machine(guest.machine_type or "").switchover_start
+    return attrs.evolve(
+        guest.dialect,
+        globalstate=GlobalStateForm.NEVER,
+        switchover_start=expected and guest.rest is None,
     )

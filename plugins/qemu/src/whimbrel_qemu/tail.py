@@ -26,6 +26,7 @@ from whimbrel.wire import items
 from whimbrel.wire.format import MAX_VMDESCRIPTION, PING_COMMIT, Command, ItemType
 from whimbrel.wire.items import SectionHeader
 from whimbrel_device import vmdesc
+from whimbrel_qemu.milestones import Milestones
 
 #: Bytes of device sections that are accepted. QEMU's own are below 1 MiB, large ones (a GPU's) some tens of MiB.
 MAX_TAIL = 256 << 20
@@ -42,6 +43,16 @@ _PING = bytes((ItemType.COMMAND,)) + struct.pack(">HH", Command.PING, 4)
 
 
 @attrs.frozen(kw_only=True)
+class Section:
+    """One device section: what describes it, the version in its header, its payload, and all of it with its frame."""
+
+    device: vmdesc.Device
+    version_id: int
+    payload: memoryview
+    data: memoryview
+
+
+@attrs.frozen(kw_only=True)
 class Tail:
     """FULL sections as they are on the wire, without commands, and the text that describes them.
 
@@ -55,17 +66,33 @@ class Tail:
 
     def payloads(self) -> list[tuple[vmdesc.Device, memoryview]]:
         """Each device with the bytes of its payload, in the order of the stream."""
+        return [(section.device, section.payload) for section in self.split()]
+
+    def split(self) -> list[Section]:
+        """The sections one by one, in the order of the stream; none if nothing describes them."""
         if self.description is None:
             return []
-        walk = _Walk(memoryview(self.sections), self.footers)
-        return [(device, walk.device(device)) for device in self.description.devices]
+        whole = memoryview(self.sections)
+        walk, found = _Walk(whole, self.footers), []
+        for device in self.description.devices:
+            start = walk.position
+            payload = walk.device(device)
+            found.append(
+                Section(
+                    device=device,
+                    version_id=walk.version_id,
+                    payload=payload,
+                    data=whole[start : walk.position],
+                )
+            )
+        return found
 
     @property
     def run_state(self) -> str | None:
         """What the section `globalstate` says the machine did before it was stopped; None without that section."""
         for device, payload in self.payloads():
             if device.name == "globalstate":  # u32 length, then NUL-padded text
-                return bytes(payload[4:]).split(b"\0")[0].decode("ascii", "backslashreplace")
+                return items.shown(bytes(payload[4:]).split(b"\0")[0])
         return None
 
 
@@ -76,6 +103,7 @@ class _Walk:
         self._data = data
         self._footers = footers
         self.position = 0
+        self.version_id = 0  # of the device that came last
         self.commands: list[tuple[int, int]] = []  # (from, to)
 
     def read(self, n: int) -> bytes:
@@ -101,6 +129,7 @@ class _Walk:
                 expected=f"{device.name} instance {device.instance_id}",
                 found=f"{header.idstr} instance {header.instance_id}",
             )
+        self.version_id = header.version_id
         start = self.position
         self.position += device.payload_size(self._data[start:])
         payload = self._data[start : self.position]
@@ -178,6 +207,8 @@ class TailReader:
         try:
             self._accept(at, bytes(data[text_at:end]))
         except StreamError as error:
+            if error.offset is not None:  # counted from the first byte taken
+                error.offset += self._base
             # Without the frames that it came through: they hold views of the data, which must be able to grow.
             self.rejected = error.with_traceback(None)
             self._rejected_at = at if self._rejected_at is None else self._rejected_at
@@ -199,9 +230,7 @@ class TailReader:
                 walk.device(device).release()
             walk.skip_commands()
             if walk.position != at:
-                raise StreamError(
-                    "there are more sections than described", offset=self._base + walk.position
-                )
+                raise StreamError("there are more sections than described", offset=walk.position)
             kept, start = bytearray(), 0
             for command, behind in walk.commands:
                 kept += before[start:command]
@@ -320,6 +349,19 @@ def find_tail(data: Buffer, *, footers: bool = True) -> Found | None:
     return None
 
 
+def write_sections(tail: Tail, out: OutStream, milestones: Milestones | None = None) -> None:
+    """The device sections as they came, with a question before each that can be told from the others."""
+    sections = tail.split() if milestones is not None else []
+    if not sections:
+        out.write(tail.sections)
+        return
+    assert milestones is not None
+    for section in sections:
+        device = section.device
+        milestones.mark(out, device.name, device.instance_id, section.version_id)
+        out.write(section.data)
+
+
 class ForeignTail(SaveVMHandler):
     """Everything from the first FULL section to the end of the stream, of a machine that this side does not know.
 
@@ -337,11 +379,13 @@ class ForeignTail(SaveVMHandler):
         *,
         answer_ping: Callable[[int], None] | None = None,
         footers: bool = True,
+        milestones: Milestones | None = None,
     ) -> None:
         """answer_ping: called with the value of a PING that the source waits for; it sends the PONG. footers: the
-        sections that come have some.
+        sections that come have some. milestones: ask before each section that is saved.
         """
         self.tail = tail
+        self._milestones = milestones
         self._footers = footers
         self._answer_ping = answer_ping
 
@@ -351,7 +395,7 @@ class ForeignTail(SaveVMHandler):
 
     def save(self, out: OutStream) -> None:
         if self.tail is not None:
-            out.write(self.tail.sections)
+            write_sections(self.tail, out, self._milestones)
 
     def load(self, inp: InStream, header: SectionHeader) -> None:
         first = items.encode_section_header(header)

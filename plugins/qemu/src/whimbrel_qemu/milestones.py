@@ -1,0 +1,125 @@
+"""How far a destination got: a PING between any two sections that it takes or refuses as one.
+
+QEMU (2.5 and newer) takes commands between sections, and answers a PING when everything before it has been loaded. So
+the last PONG tells which section comes next: the one that it is at, or that it gave up at. A PING is 9 bytes of the
+stream, a PONG 8 of the way back.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import attrs
+
+from whimbrel.savevm import Budget, LiveSaveVMHandler, Mode, Pending
+from whimbrel.state import RunParams
+from whimbrel.stream import InStream, OutStream
+from whimbrel.wire import items
+from whimbrel.wire.format import PING_COMMIT, PING_OPEN, Command
+from whimbrel.wire.items import SectionHeader
+
+#: PINGs between this and PING_COMMIT are ours.
+_FIRST = 0x0001_0000
+
+#: How the stream begins: both of it before the first PING.
+CONFIGURATION = "configuration"
+RAM = "ram"
+
+
+@attrs.frozen(kw_only=True)
+class Piece:
+    """What is taken or refused as one. The offset is that of its first byte in the stream as sent."""
+
+    section: str
+    instance_id: int = 0
+    version_id: int | None = None
+    offset: int
+    #: What of the section it is, where that is not all of it.
+    part: str | None = None
+
+
+class Milestones(LiveSaveVMHandler):
+    """Writes the PINGs, where the destination can answer, and remembers what each stands before.
+
+    The first of its own comes when the list of RAM blocks has gone; whoever writes device sections asks for the others.
+    """
+
+    idstr = "(milestones)"
+    verbatim = True
+
+    def __init__(self, first: str = RAM) -> None:
+        """first: the live section that the stream begins with."""
+        self._first = first
+        self._pieces: list[Piece] = []
+        self._answered = False  # whether somebody answers
+        self._setup_at = 0
+
+    def is_active(self, params: RunParams) -> bool:
+        return params.return_path
+
+    def setup(self, out: OutStream, params: RunParams) -> None:
+        self._answered = True
+        self._setup_at = out.position
+        self._pieces.clear()
+
+    def pending(self, exact: bool) -> Pending:
+        return Pending()
+
+    def iterate(self, out: OutStream, budget: Budget) -> bool:
+        self._before_pages(out)
+        return True
+
+    def complete(self, out: OutStream, mode: Mode) -> None:
+        self._before_pages(out)
+
+    def _before_pages(self, out: OutStream) -> None:
+        if self._first == RAM and not self._pieces:
+            self.mark(out, RAM, part="pages")
+
+    def mark(
+        self,
+        out: OutStream,
+        section: str,
+        instance_id: int = 0,
+        version_id: int | None = None,
+        *,
+        part: str | None = None,
+    ) -> None:
+        """Ask whether everything so far has been loaded; that section comes next. Nothing where nobody answers."""
+        if not self._answered:
+            return
+        value = _FIRST + len(self._pieces)
+        out.write(items.encode_command(Command.PING, struct.pack(">I", value)))
+        self._pieces.append(
+            Piece(
+                section=section,
+                instance_id=instance_id,
+                version_id=version_id,
+                offset=out.position,
+                part=part,
+            )
+        )
+
+    def reached(self, pong: int | None) -> Piece | None:
+        """What the destination had before it after its last answer; None: it had loaded everything, or cannot be told.
+
+        pong: the value of that answer, None if there was none.
+        """
+        if pong is None:
+            return Piece(section=CONFIGURATION, offset=0)
+        if pong == PING_OPEN:
+            part = "list of RAM blocks" if self._first == RAM else None
+            return Piece(section=self._first, offset=self._setup_at, part=part)
+        if pong & PING_COMMIT or not 0 <= pong - _FIRST < len(self._pieces):
+            return None
+        return self._pieces[pong - _FIRST]
+
+    def offset_of(self, section: str, instance_id: int | None) -> int | None:
+        """Where that section begins, if it has been written."""
+        for piece in self._pieces:
+            if piece.section == section and instance_id in (None, piece.instance_id):
+                return piece.offset
+        return None
+
+    def load(self, inp: InStream, header: SectionHeader) -> None:
+        raise NotImplementedError("milestones are written only")

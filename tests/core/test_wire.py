@@ -37,7 +37,7 @@ def test_part_headers(section_id):
 
 def test_a_name_of_length_0_is_refused():
     byte, reader = item(bytes.fromhex("04 00000001 00 00000000 00000001"))
-    with pytest.raises(StreamError, match="without a name"):
+    with pytest.raises(StreamError, match="without a printable name"):
         items.read_section_header(reader, ItemType(byte))
 
 

@@ -14,7 +14,7 @@ from whimbrel.savevm import Priority, SaveVMHandler
 from whimbrel.state import RunParams
 from whimbrel.stream import InStream, OutStream
 from whimbrel.wire.format import GlobalStateForm
-from whimbrel.wire.items import SectionHeader
+from whimbrel.wire.items import SectionHeader, shown
 
 _TEXT = 100
 _SPLIT_TEXT = 32
@@ -60,7 +60,7 @@ class GlobalState(SaveVMHandler):
         inp.u32()
         offset = inp.position
         text = inp.read(_TEXT).split(b"\0")[0]
-        state = text.decode("ascii", "backslashreplace")
+        state = shown(text)
         if state not in _STATES:
             raise StreamError(
                 "the section has no run state that is known",

@@ -71,9 +71,36 @@ def counted(text: str | bytes) -> bytes:
     return bytes((len(raw),)) + raw
 
 
+def shown(raw: bytes) -> str:
+    """Text for messages: what is not printable ASCII comes out escaped, so that no terminal obeys a peer."""
+    text = raw.decode("ascii", "backslashreplace")
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
 def read_counted(reader: Reader) -> str:
-    """A counted string; bytes that are not ASCII come out escaped, so that messages can show them."""
-    return reader.read(reader.read(1)[0]).decode("ascii", "backslashreplace")
+    """A counted string, for messages: see shown()."""
+    return shown(reader.read(reader.read(1)[0]))
+
+
+def read_name(
+    reader: Reader, what: str, *, length: int | None = None, section: str | None = None
+) -> str:
+    """The name of `what`, exactly as it came: it may have to be sent on. length: None where a byte gives it.
+
+    Raises StreamError for one that is not printable ASCII; no machine has such parts.
+    """
+    offset = reader.position
+    raw = reader.read(reader.read(1)[0] if length is None else length)
+    name = shown(raw)
+    if not raw or name.encode() != raw:
+        raise StreamError(
+            f"{what} without a printable name",
+            section=section,
+            offset=offset,
+            expected="a name in ASCII",
+            found=f"'{name}'",
+        )
+    return name
 
 
 def read_u32(reader: Reader) -> int:
@@ -172,7 +199,7 @@ def read_configuration(reader: Reader, next_type: int) -> tuple[Configuration, i
             expected=f"at most {MAX_MACHINE_NAME} bytes",
             found=length,
         )
-    machine_type = reader.read(length).decode("ascii", "backslashreplace")
+    machine_type = read_name(reader, "a machine type", length=length, section="configuration")
     bits: int | None = None
     capabilities: tuple[str, ...] | None = None
     uuid: bytes | None = None
@@ -200,7 +227,9 @@ def read_configuration(reader: Reader, next_type: int) -> tuple[Configuration, i
                     expected=f"at most {MAX_CAPABILITIES}",
                     found=count,
                 )
-            capabilities = tuple(read_counted(reader) for _ in range(count))
+            capabilities = tuple(
+                read_name(reader, "a capability", section="configuration") for _ in range(count)
+            )
         elif name == _UUID:
             uuid = reader.read(16)
         else:
@@ -228,13 +257,10 @@ def encode_section_header(header: SectionHeader) -> bytes:
 
 def read_section_header(reader: Reader, item: ItemType) -> SectionHeader:
     """The header whose type byte was just read."""
-    offset = reader.position - 1
     section_id = read_u32(reader)
     if item not in (ItemType.SECTION_START, ItemType.SECTION_FULL):
         return SectionHeader(item, section_id)
-    idstr = read_counted(reader)
-    if not idstr:
-        raise StreamError("a section without a name", offset=offset, expected="an idstr")
+    idstr = read_name(reader, "a section")
     instance_id, version_id = _INSTANCE.unpack(reader.read(8))
     return SectionHeader(item, section_id, idstr, instance_id, version_id)
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from whimbrel.errors import StreamError
+from whimbrel.wire.items import shown
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -306,8 +307,8 @@ class Decoder:
         name = bytes(buffer[offset + 9 : offset + head])
         target = self._targets.get(name)
         if target is None:
-            idstr = name.decode("ascii", "backslashreplace")
-            target = self._find(idstr)
+            idstr = shown(name)
+            target = self._find(idstr) if idstr.encode() == name else None
             if target is None:
                 raise self._error(
                     f"unknown RAM block '{idstr}'",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import attrs
 
 from whimbrel.errors import StreamError
-from whimbrel.wire.items import counted, read_counted
+from whimbrel.wire.items import counted, read_name
 
 if TYPE_CHECKING:
     from whimbrel.wire.items import Reader
@@ -64,16 +64,8 @@ def read_setup(
     left = total
     while left:
         offset = reader.position
-        idstr = read_counted(reader)
+        idstr = read_name(reader, "a RAM block", section="ram")
         length = int(_U64.unpack(reader.read(8))[0])
-        if not idstr or not idstr.isprintable():
-            raise StreamError(
-                "a RAM block without a printable name",
-                section="ram",
-                offset=offset,
-                expected=f"blocks for {left} more bytes",
-                found=repr(idstr),
-            )
         if idstr in entries:
             raise StreamError(
                 f"RAM block '{idstr}' is listed twice",

@@ -10,19 +10,34 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _WHERE = {
+    "comparing": ("Comparison", "Difference", "Verdict", "compare"),
     "guest": ("Guest", "read_guest", "write_guest"),
     "progress": ("Progress",),
     "receiving": ("Received", "receive"),
     "relaying": ("Passage", "PassedSection", "Relayed", "relay"),
-    "sending": ("Sent", "load", "send"),
+    "refusal": ("Refused",),
+    "sending": ("Incompatible", "Sent", "load", "sample", "send"),
     "tail": ("ForeignTail", "Tail", "TailReader"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605
 
 if TYPE_CHECKING:
-    from whimbrel_qemu import guest, progress, receiving, relaying, sending, tail
+    from whimbrel_qemu import (
+        comparing,
+        guest,
+        progress,
+        receiving,
+        refusal,
+        relaying,
+        sending,
+        tail,
+    )
 
+    Comparison = comparing.Comparison
+    Difference = comparing.Difference
+    Verdict = comparing.Verdict
+    compare = comparing.compare
     Guest = guest.Guest
     read_guest = guest.read_guest
     write_guest = guest.write_guest
@@ -33,8 +48,11 @@ if TYPE_CHECKING:
     PassedSection = relaying.PassedSection
     Relayed = relaying.Relayed
     relay = relaying.relay
+    Refused = refusal.Refused
+    Incompatible = sending.Incompatible
     Sent = sending.Sent
     load = sending.load
+    sample = sending.sample
     send = sending.send
     ForeignTail = tail.ForeignTail
     Tail = tail.Tail

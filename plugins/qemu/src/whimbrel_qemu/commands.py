@@ -1,4 +1,4 @@
-"""`migctl receive` and `migctl send`: the click commands, and how they look. Loaded by migctl only."""
+"""`migctl receive`: the click command, how it looks, and what the other commands share. Loaded by migctl only."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from whimbrel.settings import SIZE_MAX, Parameter, Type, convert
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+    from whimbrel.wire.format import Dialect
     from whimbrel_qemu.progress import Progress
 
 #: A job that is done before shows nothing.
@@ -27,7 +28,7 @@ _SHOW_AFTER = 1.0  # seconds
 _PER_SECOND = 8
 
 
-def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+def size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     """Bytes, with the units that every size of whimbrel has: 512M, 1GiB, 1.5g."""
     if value is None:
         return None
@@ -39,6 +40,25 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | Non
     except SettingError as error:
         raise click.BadParameter(str(error)) from error
 
+
+def _dialect(_: click.Context, __: click.Parameter, value: str | None) -> Dialect | None:
+    from whimbrel.wire import dialects
+
+    if value is None:
+        return None
+    try:
+        return dialects.by_name(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+#: For streams that do not show their form.
+dialect_option = click.option(
+    "--dialect",
+    callback=_dialect,
+    metavar="VERSION",
+    help="The form of the stream, by version of the machine type (2013, 2.3, 9.0, ...).  [default: it shows]",
+)
 
 # ---- output
 
@@ -118,7 +138,7 @@ def terminated_as_interrupted() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _error_told_once() -> Iterator[None]:
+def error_told_once() -> Iterator[None]:
     """The engine logs what a migration ended with; the command line says it anyway."""
     engine = logging.getLogger("whimbrel.outgoing")
     quiet = not logging.getLogger("whimbrel").isEnabledFor(logging.INFO)
@@ -131,7 +151,9 @@ def _error_told_once() -> Iterator[None]:
         engine.setLevel(before)
 
 
-_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="One JSON object a line on stdout."
+)
 
 
 @click.command(
@@ -148,12 +170,21 @@ Example: a running QEMU guest becomes a file, and later runs on elsewhere.
 @click.option("-f", "--force", is_flag=True, help="Replace FILE if it exists.")
 @click.option(
     "--max-ram",
-    callback=_size,
+    callback=size,
     metavar="SIZE",
     help="Refuse a machine with more RAM.  [default: 1T]",
 )
-@_JSON
-def receive(uri: str, file: Path, force: bool, max_ram: int | None, as_json: bool) -> None:
+@dialect_option
+@json_option
+def receive(
+    *,
+    uri: str,
+    file: Path,
+    force: bool,
+    max_ram: int | None,
+    dialect: Dialect | None,
+    as_json: bool,
+) -> None:
     """Listen at URI, take one migration, and keep the machine in FILE.
 
     FILE holds each page of RAM once, and all else as the source sent it. It gets its name when everything is on disk;
@@ -177,6 +208,7 @@ def receive(uri: str, file: Path, force: bool, max_ram: int | None, as_json: boo
             file,
             force=force,
             max_ram=MAX_RAM if max_ram is None else max_ram,
+            dialect=dialect,
             on_listening=listening,
             progress=progress,
         )
@@ -210,63 +242,3 @@ def receive(uri: str, file: Path, force: bool, max_ram: int | None, as_json: boo
             f"from the live section '{got.verbatim_from}' on, the stream was kept as it came: nobody here can read it",
             err=True,
         )
-
-
-@click.command(
-    short_help="Put a machine kept in a file into a QEMU with -incoming.",
-    epilog="""\b
-Example:
-  $ qemu-system-x86_64 ... -incoming unix:/run/dst.sock
-  $ migctl send guest.mig unix:/run/dst.sock
-
-The QEMU at the other end is started with the same machine and devices as the source was.""",
-)
-@click.argument("file", type=click.Path(path_type=Path))
-@click.argument("uri")
-@click.option(
-    "--return-path/--no-return-path",
-    default=True,
-    help="Ask the destination whether it has taken over, where the transport has a way back.  [default: ask]",
-)
-@click.option(
-    "--bandwidth",
-    callback=_size,
-    default="0",
-    metavar="SIZE",
-    help="Bytes per second.  [default: unlimited]",
-)
-@_JSON
-def send(file: Path, uri: str, return_path: bool, bandwidth: int, as_json: bool) -> None:
-    """Put the machine in FILE into the destination that listens at URI.
-
-    The destination starts it if it ran when it was received. FILE is only read, so that it can be sent again; do not
-    run two copies of a machine that shares a disk or a network.
-    """
-    from whimbrel_qemu.progress import Progress
-    from whimbrel_qemu.sending import send as run
-
-    progress = Progress()
-    with terminated_as_interrupted(), _error_told_once(), shown(progress):
-        done = run(file, uri, return_path=return_path, max_bandwidth=bandwidth, progress=progress)
-    if as_json:
-        event(
-            "sent",
-            file=str(done.path),
-            uri=done.uri,
-            machine=done.machine_type,
-            ram=done.ram_bytes,
-            run_state=done.run_state,
-            stream_bytes=done.stream_bytes,
-            seconds=round(done.seconds, 3),
-            acknowledged=done.acknowledged,
-        )
-        return
-    told = (
-        "the destination has taken over"
-        if done.acknowledged
-        else "all was sent, and nobody asked the destination whether it has taken over"
-    )
-    click.echo(
-        f"{done.path} -> {done.uri}: {done.machine_type or 'an old machine type'}, {done.run_state or 'running'},"
-        f" {human(done.stream_bytes)} in {done.seconds:.1f} s; {told}"
-    )

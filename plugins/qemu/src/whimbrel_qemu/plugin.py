@@ -11,7 +11,8 @@ whimbrel_api = (1, 0)
 
 @hookimpl
 def cli_commands() -> list[Any]:
-    from whimbrel_qemu.commands import receive, send
+    from whimbrel_qemu.commands import receive
     from whimbrel_qemu.relay_command import relay
+    from whimbrel_qemu.send_command import send
 
     return [receive, send, relay]

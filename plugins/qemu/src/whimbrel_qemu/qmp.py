@@ -89,6 +89,12 @@ class DestinationMonitor:
                 f"the QEMU at {self.address} is '{status}', and waits for no migration",
                 hint="Start it with -incoming",
             )
+        migration = self.execute("query-migrate")
+        if migration.get("status") == "failed":
+            raise LocalError(
+                f"the QEMU at {self.address} has refused a migration already: {migration.get('error-desc', '')}",
+                hint="Start it anew",
+            )
         there = str(self.execute("qom-get", path="/machine", property="type"))
         there = there.removesuffix("-machine")
         if machine_type is not None and there != machine_type:

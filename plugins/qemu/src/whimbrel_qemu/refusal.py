@@ -10,7 +10,7 @@ import attrs
 
 from whimbrel.errors import MigrationError, PeerError
 from whimbrel_qemu import advice, pci, words
-from whimbrel_qemu.compare import Comparison, Verdict, config_of
+from whimbrel_qemu.comparing import Comparison, Verdict, config_of
 from whimbrel_qemu.guest import Guest
 from whimbrel_qemu.milestones import CONFIGURATION, RAM, Milestones, Piece
 from whimbrel_qemu.tail import Section
@@ -27,7 +27,8 @@ class Refused(PeerError):
     """The destination gave up before it had the machine; the machine's file is as it was.
 
     section, instance_id, field and offset say where, as far as it is known: the offset is that of the section in the
-    stream. `what` is the reason in our words; `words` are the destination's own, without warnings.
+    stream. `what` is the reason in our words; `words` are the destination's own, without warnings. `at` is how far its
+    answers came: what it had before it after the last one, None where it gave none.
     """
 
     def __init__(
@@ -38,6 +39,7 @@ class Refused(PeerError):
         instance_id: int | None,
         field: str | None,
         offset: int | None,
+        at: Piece | None,
         words: tuple[str, ...],
         hint: str,
     ) -> None:
@@ -47,14 +49,16 @@ class Refused(PeerError):
         self.what = what
         self.instance_id = instance_id
         self.field = field
+        self.at = at
         self.words = words
 
 
 @attrs.frozen(kw_only=True)
 class Evidence:
-    """What there is to judge by. said: the destination's words, "" if none came.
+    """What there is to judge by.
 
-    at: where it was; None: it had loaded everything, or nobody knows.
+    said: the destination's words, "" if none came. asked: it was asked how far it got, and it gave up itself. at: what it
+    answered to that; None: it had loaded everything.
     """
 
     guest: Guest
@@ -68,6 +72,8 @@ class Evidence:
 
 def refused(evidence: Evidence) -> Refused | None:
     """The reason; None when neither words nor answers tell more than the error does."""
+    if not evidence.asked:
+        evidence = attrs.evolve(evidence, at=None)
     reason = words.explain(evidence.said)
     if reason is None:
         if not evidence.asked:
@@ -82,6 +88,7 @@ def refused(evidence: Evidence) -> Refused | None:
         instance_id=reason.instance_id,
         field=reason.field,
         offset=_offset(reason, evidence),
+        at=evidence.at,
         words=words.lines(evidence.said),
         hint=_compared(reason, evidence.comparison) or reason.hint or _LET_IT_SPEAK,
     )

@@ -17,17 +17,6 @@ if TYPE_CHECKING:
     from whimbrel_qemu.relaying import Relayed
 
 
-def _dialect(_: click.Context, __: click.Parameter, value: str | None) -> Dialect | None:
-    from whimbrel.wire import dialects
-
-    if value is None:
-        return None
-    try:
-        return dialects.by_name(value)
-    except ValueError as error:
-        raise click.BadParameter(str(error)) from error
-
-
 def _ask(as_json: bool) -> bool | None:
     """Does the destination run the machine? Without a terminal, wait for Ctrl-C; the source waits as long."""
     with contextlib.suppress(KeyboardInterrupt, click.Abort):
@@ -47,12 +36,7 @@ Example: a guest moves over a host that both sides reach.
 @click.argument("source", metavar="IN")
 @click.argument("destination", metavar="OUT")
 @click.option("--report", is_flag=True, help="Show what passed, section by section.")
-@click.option(
-    "--dialect",
-    callback=_dialect,
-    metavar="VERSION",
-    help="The form of the stream, by version of the machine type (2013, 2.3, 9.0, ...).  [default: it shows]",
-)
+@commands.dialect_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
 def relay(
     source: str, destination: str, report: bool, dialect: Dialect | None, as_json: bool

@@ -30,7 +30,7 @@ from whimbrel.plugins import Plugins
 from whimbrel.stream import InStream
 from whimbrel.wire import dialects
 from whimbrel.wire.format import Dialect, GlobalStateForm
-from whimbrel_qemu.compare import Comparison, compare
+from whimbrel_qemu.comparing import Comparison, compare
 from whimbrel_qemu.guest import STANDS_STILL, Guest, read_guest
 from whimbrel_qemu.milestones import RAM, Milestones
 from whimbrel_qemu.progress import Progress
@@ -57,6 +57,8 @@ class Sent:
     seconds: float
     #: The destination said that it has the machine; False where it had no way to say so.
     acknowledged: bool
+    #: With the guest that it was compared with before, if it was.
+    comparison: Comparison | None = None
 
 
 def load(
@@ -185,7 +187,7 @@ def send(
         progress.begin("sending", lambda: figures.transferred, size)
         try:
             result = _wait(run)
-        except (PeerError, ChannelError) as error:
+        except (PeerError, ChannelError, OutcomeUnknown) as error:
             reason = refused(
                 Evidence(
                     guest=guest,
@@ -209,6 +211,7 @@ def send(
         stream_bytes=figures.transferred,
         seconds=time.monotonic() - began,
         acknowledged=result.acknowledged,
+        comparison=comparison,
     )
 
 

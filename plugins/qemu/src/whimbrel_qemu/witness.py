@@ -72,8 +72,7 @@ class Witness:
 
     def said(self, error: MigrationError) -> str:
         """Its words after it ended with that error; waits a moment for them."""
-        ended = _COMMAND.search(error.message)
-        said = error.message[ended.end() :] if ended is not None else ""
+        said = _of_command(error.__cause__) or _of_command(error)
         if self._log is not None:
             said = f"{said}\n{self._last_words(self._log)}"
         if self.monitor is not None:
@@ -86,3 +85,11 @@ class Witness:
         while words.explain(text := log.read()) is None and time.monotonic() < deadline:
             time.sleep(_POLL)
         return text
+
+
+def _of_command(error: BaseException | None) -> str:
+    """What the command of an exec: channel said, if that is what broke."""
+    if not isinstance(error, MigrationError):
+        return ""
+    ended = _COMMAND.search(error.message)
+    return error.message[ended.end() :] if ended is not None else ""

@@ -33,7 +33,6 @@ from whimbrel.handle import as_migration_error
 from whimbrel.machine import RunState
 from whimbrel.run import Run
 from whimbrel.savevm import Budget, Mode, Pending, SaveDriver, SaveVMHandler
-from whimbrel.settings import Capability
 from whimbrel.state import Outcome, Status
 from whimbrel.stream import WINDOW, InStream, OutStream
 from whimbrel.wire.format import PING_COMMIT, PING_OPEN, PONG_RELAY, Answer, Command
@@ -130,11 +129,6 @@ class Outgoing(Run):
 
     def _configuration(self) -> Configuration:
         machine = self._machine
-        on_wire = tuple(
-            s.name
-            for s in self.kernel.settings.declared()
-            if isinstance(s, Capability) and s.on_wire and self.kernel.settings[s.name]
-        )
         return Configuration(
             machine_type=machine.machine_type,
             target_page_bits=(
@@ -142,7 +136,7 @@ class Outgoing(Run):
                 if machine.target_page_bits == machine.legacy_page_bits
                 else machine.target_page_bits
             ),
-            capabilities=on_wire or None,
+            capabilities=self.kernel.settings.on_wire() or None,
             uuid=machine.uuid,
         )
 

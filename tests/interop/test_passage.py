@@ -1,16 +1,13 @@
 """QEMU -> migctl receive -> a file -> migctl send -> QEMU, over each transport."""
 
 import contextlib
-import os
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from whimbrel_qemu import Guest, load
-from whimbrel_testing.peers import Qemu, QemuFactory, wait_until
+from whimbrel_testing.peers import QemuFactory, wait_until
 from whimbrel_testing.qemu_guest import (
     MIB,
     FilledGuest,
@@ -20,88 +17,9 @@ from whimbrel_testing.qemu_guest import (
     wait_counting,
 )
 
+from .passage import TRANSPORTS, Migctl, Passage
+
 pytestmark = pytest.mark.interop
-
-Migctl = Any
-TRANSPORTS = ("tcp", "unix", "exec", "fd")
-
-
-class Passage:
-    """The steps of a passage; how each end is reached depends on the transport."""
-
-    def __init__(
-        self, transport: str, folder: Path, qemu: QemuFactory, migctl: Callable[..., Migctl]
-    ) -> None:
-        self.transport, self.folder = transport, folder
-        self.qemu, self.migctl = qemu, migctl
-        self.file = folder / "guest.mig"
-        self._open = contextlib.ExitStack()
-
-    def receive(self, source: Qemu) -> dict[str, Any]:
-        """From the running source into the file."""
-        if self.transport == "exec":
-            pipe = self._fifo("out")
-            receiver = self.migctl("receive", f"exec:cat {pipe}", self.file)
-            receiver.event("listening")
-            source.migrate(f"exec:cat > {pipe}", max_bandwidth=0)
-        elif self.transport == "fd":
-            ours, theirs = self._pair()
-            receiver = self.migctl(
-                "receive", f"fd:{ours.fileno()}", self.file, pass_fds=[ours.fileno()]
-            )
-            receiver.event("listening")
-            ours.close()
-            source.send_fd("way-out", theirs.fileno())
-            theirs.close()
-            source.migrate("fd:way-out", max_bandwidth=0)
-        else:
-            uri = "tcp:127.0.0.1:0" if self.transport == "tcp" else f"unix:{self.folder}/out"
-            receiver = self.migctl("receive", uri, self.file)
-            source.migrate(receiver.address(), max_bandwidth=0)
-        received: dict[str, Any] = receiver.succeeded("received")
-        return received
-
-    def send(self, *args: str, return_path: bool = False) -> tuple[Qemu, dict[str, Any]]:
-        """From the file into a QEMU with these arguments, and that capability."""
-        capabilities = {"return_path": return_path}
-        if self.transport == "exec":
-            pipe = self._fifo("in")
-            target = self.qemu(*args, incoming=f"exec:cat {pipe}", capabilities=capabilities)
-            return target, self._sent(f"exec:cat > {pipe}")
-        if self.transport == "fd":
-            ours, theirs = self._pair()
-            target = self.qemu(
-                *args,
-                incoming=f"fd:{theirs.fileno()}",
-                capabilities=capabilities,
-                pass_fds=[theirs.fileno()],
-            )
-            theirs.close()
-            sent = self._sent(f"fd:{ours.fileno()}", pass_fds=[ours.fileno()])
-            ours.close()
-            return target, sent
-        if self.transport == "tcp":
-            target = self.qemu(*args, incoming="tcp:127.0.0.1:0", capabilities=capabilities)
-            address = target.qmp("query-migrate")["socket-address"][0]
-            return target, self._sent(f"tcp:{address['host']}:{address['port']}")
-        target = self.qemu(*args, incoming=f"unix:{self.folder}/in", capabilities=capabilities)
-        return target, self._sent(f"unix:{self.folder}/in")
-
-    def _sent(self, uri: str, **kwargs: Any) -> dict[str, Any]:
-        sent: dict[str, Any] = self.migctl("send", self.file, uri, **kwargs).succeeded("sent")
-        return sent
-
-    def _fifo(self, name: str) -> Path:
-        path = self.folder / f"{name}.fifo"
-        os.mkfifo(path)
-        return path
-
-    def _pair(self) -> tuple[socket.socket, socket.socket]:
-        ours, theirs = socket.socketpair()
-        return self._open.enter_context(ours), self._open.enter_context(theirs)
-
-    def close(self) -> None:
-        self._open.close()
 
 
 @pytest.fixture(params=TRANSPORTS)
@@ -114,7 +32,7 @@ def passage(
 
 @pytest.mark.parametrize("return_path", [True, False], ids=["return-path", "one-way"])
 def test_guest_counts_on(passage: Passage, tmp_path: Path, return_path: bool) -> None:
-    answered = return_path and passage.transport != "exec"  # a pipe has no way back
+    answered = return_path and passage.two_way
     guest = counting_guest(tmp_path)
     before, after = tmp_path / "before.log", tmp_path / "after.log"
     source = passage.qemu(*guest.args(before))
@@ -132,7 +50,7 @@ def test_guest_counts_on(passage: Passage, tmp_path: Path, return_path: bool) ->
 
     target, sent = passage.send(*guest.args(after), return_path=return_path)
     target.wait_status("running")
-    assert sent["acknowledged"] is (passage.transport != "exec")
+    assert sent["acknowledged"] is passage.two_way
     assert wait_counting(before, after, beyond=reached) > reached
     target.qmp("stop")
     check_count(before, after)

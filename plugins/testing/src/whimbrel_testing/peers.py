@@ -1,7 +1,11 @@
 """Peers of interop tests as pytest fixtures: real programs, started for one test and gone after it.
 
 A peer that is not installed skips the test, with the reason. WHIMBREL_REQUIRE_PEERS=1 makes that a failure, so that a
-CI machine cannot leave out quietly what it is there for. WHIMBREL_QEMU names another QEMU binary.
+CI machine cannot leave out quietly what it is there for.
+
+QEMUs of other versions can stand beside the installed one: `qemu(..., version="10.0")` takes the one of that version from
+PATH, from the folders in WHIMBREL_QEMU_PATH, or from build/*/bin below pytest's root. WHIMBREL_QEMU names the binary that
+is taken where a test asks for no version.
 
     def test_it(qemu, tmp_path):
         guest = counting_guest(tmp_path)
@@ -14,7 +18,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -23,6 +29,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn, Protocol, TypeVar
 
 import pytest
@@ -235,40 +242,85 @@ class QemuFactory(Protocol):
     def __call__(
         self,
         *args: str,
+        version: str | None = None,
+        arch: str = "x86_64",
         incoming: str | None = None,
         capabilities: Mapping[str, bool] | None = None,
         pass_fds: Sequence[int] = (),
     ) -> Qemu:
-        """Start one; it is killed at the end of the test."""
+        """Start one; it is killed at the end of the test. version: "7.2"; None: the installed one."""
+
+
+class QemuBinaries:
+    """The QEMUs of this machine, by architecture and version: the `qemu_binaries` fixture."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        """folders: beside those in PATH, where one may lie."""
+        self._folders = [str(f) for f in folders]
+
+    def find(self, version: str | None = None, arch: str = "x86_64") -> str:
+        """Path of one, or a skip. version: "major.minor"; None: any, and the installed one first."""
+        found = self.versions(arch)
+        if version is None and found:
+            return next(iter(found.values()))
+        if version in found:
+            return found[version]
+        have = f"; there is {' and '.join(found)}" if found else ""
+        missing_peer(f"no qemu-system-{arch} {version or ''}{have}; .ci/run installs all peers")
+
+    @functools.cache  # noqa: B019 - one object for each session
+    def versions(self, arch: str = "x86_64") -> dict[str, str]:
+        """All there are: "major.minor" → path."""
+        name = f"qemu-system-{arch}"
+        chosen = os.environ.get("WHIMBREL_QEMU") if arch == "x86_64" else None
+        paths = [shutil.which(chosen or name)]
+        paths += [shutil.which(name, path=folder) for folder in (None, *self._folders)]
+        found: dict[str, str] = {}
+        for path in paths:
+            if path is not None:
+                found.setdefault(_version(path), path)
+        return found
+
+
+def _version(binary: str) -> str:
+    said = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True).stdout
+    number = re.search(r"version (\d+\.\d+)", said)
+    assert number is not None, f"{binary} does not tell its version: {said}"
+    return number[1]
 
 
 @pytest.fixture(scope="session")
-def qemu_binary() -> str:
-    """Path of qemu-system-x86_64, or a skip."""
-    name = os.environ.get("WHIMBREL_QEMU", "qemu-system-x86_64")
-    path = shutil.which(name)
-    if path is None:
-        missing_peer(f"{name} is not installed: apt-get install qemu-system-x86")
+def qemu_binaries(pytestconfig: pytest.Config) -> QemuBinaries:
+    """Finds QEMUs, or skips."""
     try:
         import qemu.qmp  # noqa: F401
     except ImportError:
         missing_peer("the Python package qemu.qmp is not installed: pip install qemu.qmp")
-    return path
+    named = [Path(f) for f in os.environ.get("WHIMBREL_QEMU_PATH", "").split(os.pathsep) if f]
+    return QemuBinaries([*named, *sorted(pytestconfig.rootpath.glob("build/*/bin"))])
+
+
+@pytest.fixture(scope="session")
+def qemu_binary(qemu_binaries: QemuBinaries) -> str:
+    """Path of the installed qemu-system-x86_64, or a skip."""
+    return qemu_binaries.find()
 
 
 @pytest.fixture
-def qemu(qemu_binary: str) -> Iterator[QemuFactory]:
+def qemu(qemu_binaries: QemuBinaries) -> Iterator[QemuFactory]:
     """Starts QEMUs; see Qemu."""
     with contextlib.ExitStack() as running:
 
         def start(
             *args: str,
+            version: str | None = None,
+            arch: str = "x86_64",
             incoming: str | None = None,
             capabilities: Mapping[str, bool] | None = None,
             pass_fds: Sequence[int] = (),
         ) -> Qemu:
             peer = Qemu(
-                qemu_binary,
+                qemu_binaries.find(version, arch),
                 args,
                 incoming=incoming,
                 capabilities=capabilities,

@@ -9,6 +9,7 @@ from pathlib import Path
 import attrs
 
 from whimbrel_testing.guest import counter
+from whimbrel_testing.guest.rom import rom
 from whimbrel_testing.peers import wait_until
 
 #: A versioned machine type, so that a newer QEMU is the same machine.
@@ -17,18 +18,27 @@ _FLOPPY = 1_474_560
 MIB = 1 << 20
 
 
-@attrs.frozen
+@attrs.frozen(kw_only=True)
 class CountingGuest:
-    """A boot sector that writes 1, 2, 3, ... to the serial port, one line each tick; see guest.counter."""
+    """A boot sector that writes 1, 2, 3, ... to the serial port, one line each tick; see guest.counter.
 
-    image: Path
+    It runs on every machine of the PC's kind, with a processor from the 80386 on.
+    """
+
+    image: Path  #: a floppy disk
+    rom: Path  #: for machines that have no BIOS which reads one
     memory_mib: int = 16
 
-    def args(self, serial: Path) -> list[str]:
+    def args(self, serial: Path, machine: str = MACHINE) -> list[str]:
         """QEMU's arguments; what the guest writes goes to the file `serial`."""
+        if machine == "microvm":
+            machine += ",pic=on,pit=on"
+            boot = ("-bios", str(self.rom))
+        else:
+            boot = ("-drive", f"if=floppy,format=raw,readonly=on,file={self.image}")
         return [
-            *("-machine", MACHINE, "-m", f"{self.memory_mib}M"),
-            *("-drive", f"if=floppy,format=raw,readonly=on,file={self.image}"),
+            *("-machine", machine, "-m", f"{self.memory_mib}M"),
+            *boot,
             *("-chardev", f"file,id=serial,path={serial}", "-serial", "chardev:serial"),
         ]
 
@@ -41,11 +51,14 @@ def counting_guest(
     pages_per_tick: int = 64,
     hz: int = 500,
 ) -> CountingGuest:
-    """Its disk image goes to folder. It dirties pages_per_tick * hz pages a second of a ring of `pages`."""
+    """Its images go to folder. It dirties pages_per_tick * hz pages a second of a ring of `pages`."""
     sector = counter.boot_sector(pages=pages, pages_per_tick=pages_per_tick, hz=hz)
-    image = folder / "counter.img"
-    image.write_bytes(sector.ljust(_FLOPPY, b"\0"))
-    return CountingGuest(image, memory_mib)
+    guest = CountingGuest(
+        image=folder / "counter.img", rom=folder / "counter.rom", memory_mib=memory_mib
+    )
+    guest.image.write_bytes(sector.ljust(_FLOPPY, b"\0"))
+    guest.rom.write_bytes(rom(sector))
+    return guest
 
 
 def last_number(*logs: Path) -> int:
@@ -80,14 +93,14 @@ class FilledGuest:
 
     size: int = 64 * MIB
 
-    def args(self, ram: Path) -> list[str]:
+    def args(self, ram: Path, machine: str = MACHINE) -> list[str]:
         """QEMU's arguments, with the file `ram` as its memory; a missing file is made, all zero."""
         if not ram.exists():
             with ram.open("wb") as file:
                 file.truncate(self.size)
         backend = f"memory-backend-file,id=ram,size={self.size},mem-path={ram},share=on"
         return [
-            *("-object", backend, "-machine", f"{MACHINE},memory-backend=ram"),
+            *("-object", backend, "-machine", f"{machine},memory-backend=ram"),
             *("-m", str(self.size // MIB), "-S"),
         ]
 

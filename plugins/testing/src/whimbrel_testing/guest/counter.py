@@ -11,9 +11,13 @@ the CPU's registers with a segment limit that no real-mode reset has (4 GiB in E
 
 from __future__ import annotations
 
-import struct
-
-from whimbrel_testing.guest.assembler import BootSector, imm16, imm32
+from whimbrel_testing.guest.assembler import (
+    BootSector,
+    flat_segment,
+    flat_segment_table,
+    imm16,
+    imm32,
+)
 
 PAGE = 4096
 RING = 1 << 20  #: address of the first page of the ring
@@ -22,8 +26,6 @@ BAD = "BAD PAGE"
 
 _PIT_HZ = 1_193_182
 _COM1, _COM1_STATUS = 0x3F8, 0x3FD
-#: Base 0, limit 4 GiB, writable data, as an entry of a descriptor table.
-_FLAT = struct.pack("<HHBBBB", 0xFFFF, 0, 0, 0x92, 0x8F, 0)
 
 
 def boot_sector(*, pages: int = 1024, pages_per_tick: int = 64, hz: int = 1000) -> bytes:
@@ -39,13 +41,7 @@ def boot_sector(*, pages: int = 1024, pages_per_tick: int = 64, hz: int = 1000) 
     c.op("bc", "mov sp, 0x7c00", imm16(0x7C00))
     c.op("e4 92 0c 02 e6 92", "in al, 0x92; or al, 2; out 0x92, al   ; address line 20")
 
-    # Into protected mode and back: ES keeps the limit of 4 GiB that it was given there.
-    c.address("0f 01 16", "lgdt [gdtr]", "gdtr")
-    c.op("0f 20 c0 0c 01 0f 22 c0", "mov eax, cr0; or al, 1; mov cr0, eax")
-    c.op("bb 08 00 8e c3", "mov bx, 8; mov es, bx")
-    c.op("24 fe 0f 22 c0", "and al, 0xfe; mov cr0, eax")
-    c.op("31 db 8e c3", "xor bx, bx; mov es, bx")
-
+    flat_segment(c)
     c.address("c7 06 20 00", "mov word [8 * 4], irq0", "irq0")
     c.op("89 1e 22 00", "mov [8 * 4 + 2], bx")
     c.op("b0 34 e6 43", "mov al, 0x34; out 0x43, al   ; timer 0: rate generator")
@@ -119,10 +115,5 @@ def boot_sector(*, pages: int = 1024, pages_per_tick: int = 64, hz: int = 1000) 
     c.data(b"1\n")
     c.label("complaint")
     c.data(BAD.encode() + b"\n")
-    c.label("gdt")
-    c.data(bytes(8) + _FLAT)
-    c.label("gdtr")
-    c.data(imm16(15))
-    c.pointer("gdt")
-    c.data(bytes(2))
+    flat_segment_table(c)
     return c.image()

@@ -6,6 +6,7 @@ from whimbrel import Capability, Machine, Settings
 from whimbrel.channel import MemoryChannel
 from whimbrel.errors import StreamError
 from whimbrel.savevm import LoadDriver
+from whimbrel.settings import TODAY
 from whimbrel.stream import InStream
 from whimbrel.wire.format import Dialect
 from whimbrel_testing.wrong.pieces import HEADER, configuration, counted, subsection, u32
@@ -39,7 +40,7 @@ def test_other_ones(sent, here, says):
 
 
 def test_those_that_are_on_and_on_the_wire():
-    settings = Settings()
+    settings = Settings(TODAY)
     settings.declare(
         Capability(name=name, help="", on_wire=wire)
         for name, wire in (("a", 1), ("b", 0), ("c", 1))

@@ -268,6 +268,7 @@ class Settings:
 
     def declare(self, settings: Iterable[Setting], by: str = "the kernel") -> None:
         """Add settings. Raises PluginError for a name that is taken."""
+        settings = tuple(settings)
         with self._lock:
             for setting in settings:
                 for name in (setting.name, *setting.aliases):

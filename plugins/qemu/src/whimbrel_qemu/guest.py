@@ -122,7 +122,7 @@ class _Foreign:
         self.section = header.idstr
         live = header.type is ItemType.SECTION_START
         if live or self._ram.start is None:
-            if self._take_rest is None:
+            if self._take_rest is None or self._ram.pages_came:  # they are not in what is kept
                 raise self._refusal(header, inp, live=live)
             start = self._ram.encode_start(footers=self._footers)
             self.taken = self._take_rest(self._head(), start, self._footers)

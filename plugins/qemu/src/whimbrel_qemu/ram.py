@@ -37,6 +37,11 @@ class AdoptingRam(RamHandler):
             self.start = header
             self._on_start()
 
+    @property
+    def pages_came(self) -> bool:
+        decoder = self._decoder
+        return decoder is not None and decoder.normal + decoder.duplicate > 0
+
     def encode_start(self, *, footers: bool) -> bytes:
         """The START section as it came, without pages; nothing if it has not come."""
         if self.start is None:

@@ -261,6 +261,10 @@ def _sections() -> Iterator[Case]:
                 stream(start=[START, Bad(head(1, 9, "weather") + u32(1) + footer(9))]),
                 "unknown section 'weather'", "weather", keep=None,
                 why=UNREAD)  # fmt: skip
+    weather = head(1, 9, "weather") + u32(1) + footer(9)
+    late = Refusal("the live section 'weather' needs a plugin", "weather")
+    yield _case("section-live-unknown-behind-pages", stream(end=[Bad(weather), END]),
+                "unknown section 'weather'", "weather", keep=late)  # fmt: skip
     never = "of a section that was never started"
     yield _case("section-part-of-unknown-id", stream(part=[Bad(part(EOS, 77)), PART]), never)
     yield _case("section-end-of-unknown-id", stream(end=[Bad(end(EOS, 77)), END]), never)

@@ -63,7 +63,7 @@ def ask(binary: str, data: bytes) -> Answer:
         feeder = threading.Thread(target=_feed, args=(source, data))
         feeder.start()
         try:
-            took_it = _wait(monitor, f"fd:{fds[1]}")
+            took_it = _wait(monitor, "migrate-incoming", f"fd:{fds[1]}")
         finally:
             process.kill()  # it is gone already if it refused
             status = process.wait()
@@ -82,14 +82,14 @@ def _feed(source: socket.socket, data: bytes) -> None:
         pass  # refused before its end
 
 
-def _wait(monitor: socket.socket, uri: str) -> bool:
+def _wait(monitor: socket.socket, command: str, uri: str) -> bool:
     """Until the migration has completed, or the process has ended: whether it was the first."""
     monitor.settimeout(PATIENCE)
     events = {"capability": "events", "state": True}
     for name, arguments in (
         ("qmp_capabilities", {}),
         ("migrate-set-capabilities", {"capabilities": [events]}),
-        ("migrate-incoming", {"uri": uri}),
+        (command, {"uri": uri}),
     ):
         monitor.sendall(json.dumps({"execute": name, "arguments": arguments}).encode())
     try:
@@ -105,10 +105,66 @@ def _wait(monitor: socket.socket, uri: str) -> bool:
     return False
 
 
+def capture(binary: str, path: Path, *args: str) -> None:
+    """The stream of a machine that never ran, into a file."""
+    monitor, its_monitor = socket.socketpair()
+    with tempfile.TemporaryFile() as errors, monitor:
+        with its_monitor:
+            fd = its_monitor.fileno()
+            process = subprocess.Popen(
+                [
+                    *(
+                        binary,
+                        "-nodefaults",
+                        "-no-user-config",
+                        "-display",
+                        "none",
+                        "-accel",
+                        "tcg",
+                    ),
+                    *("-S", *args),
+                    *("-chardev", f"socket,id=qmp,fd={fd}", "-mon", "qmp,mode=control"),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=errors,
+                stderr=errors,
+                pass_fds=(fd,),
+            )
+        try:
+            sent = _wait(monitor, "migrate", f"exec:cat > {path}")
+        finally:
+            process.kill()
+            process.wait()
+        assert sent, os.pread(errors.fileno(), 1 << 16, 0).decode("utf-8", "replace")
+
+
 def ask_all(binary: str, streams: dict[str, bytes]) -> dict[str, Answer]:
     """Two at a time: they are as many processes as streams."""
     with ThreadPoolExecutor(2) as pool:
         return dict(zip(streams, pool.map(lambda d: ask(binary, d), streams.values()), strict=True))
+
+
+_OLD_FORM = [
+    f"-global migration.{name}=off"
+    for name in ("send-configuration", "send-section-footer", "store-global-state")
+]
+#: Small machines: what they send is a few KiB to some hundred, most of that a BIOS and the vmdescription.
+CORPUS = {
+    "none-7.2": ("7.2", "-M none -m 1"),
+    "none-10.0": ("10.0", "-M none -m 1"),
+    "none-old-7.2": ("7.2", " ".join(["-M none -m 1", *_OLD_FORM])),
+    "isapc-7.2": ("7.2", "-M isapc -m 1"),
+    "microvm-10.0": ("10.0", "-M microvm -m 1"),
+}
+
+
+@pytest.fixture(scope="session")
+def corpus(binaries, tmp_path_factory) -> dict[str, Path]:
+    """Streams of real QEMUs, by name."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for name, (version, args) in CORPUS.items():
+        capture(binaries[version], folder / name, *args.split())
+    return {name: folder / name for name in CORPUS}
 
 
 @pytest.fixture(scope="session")

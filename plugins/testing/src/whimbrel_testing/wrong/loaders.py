@@ -90,13 +90,13 @@ class App:
     timer: Timer = attrs.field(factory=Timer)
     ram: RAMBlock = attrs.field(factory=lambda: RAMBlock("ram", RAM))
 
-    def load(self, channel: Channel) -> None:
+    def load(self, channel: Channel, dialect: Dialect | None = Dialect()) -> None:  # noqa: B008 - frozen
         """One stream up to its EOF byte, and what may follow. Raises MigrationError."""
         inp = InStream(channel, buffer_size=64 << 10)
         driver = LoadDriver(
             self.machine,
             [RamHandler([self.ram]), DeviceHandler(self.timer), GlobalState(self.machine)],
-            Dialect(),
+            dialect,
             on_command=WayBack(channel).command,
         )
         outcome = Outcome.FAILED

@@ -218,8 +218,11 @@ def write_guest(guest: Guest, out: OutStream) -> None:
     from whimbrel_ram import RamHandler
 
     machine = guest.machine()
-    ram = RamHandler(guest.blocks, page_size=1 << machine.target_page_bits, tracker=STANDS_STILL)
-    driver = SaveDriver(out, machine, [ram, *machine.handlers], guest.dialect)
+    handlers: list[SaveVMHandler] = list(machine.handlers)
+    if guest.rest is None:  # else RAM is in that
+        size = 1 << machine.target_page_bits
+        handlers = [RamHandler(guest.blocks, page_size=size, tracker=STANDS_STILL), *handlers]
+    driver = SaveDriver(out, machine, handlers, guest.dialect)
     outcome = Outcome.FAILED
     try:
         driver.header(guest.configuration or Configuration(machine_type=machine.machine_type))

@@ -1,0 +1,247 @@
+"""What a relay costs: QEMU to QEMU directly, and through `migctl relay`, in turn.
+
+    python benchmarks/relay.py [--size 1G] [--runs 5] [--json] [--channel tcp unix] [--limit 128M 0]
+
+The guest runs (firmware that finds nothing to boot), with RAM full of random bytes, and the return path is open.
+Throughput is guest RAM over the source's total-time, downtime the time from the source's event STOP to the destination's
+event RESUME. Memory is the most that the relay's process had resident (ru_maxrss), the interpreter included. The first run
+of each way is not counted. --limit is QEMU's max-bandwidth in bytes per second, 0 being none; 128M is its default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import shutil
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import attrs
+import numpy as np
+from ram import PATIENCE, QEMU, Qmp, fill
+
+from whimbrel.settings import parse_size
+
+MIB = 1 << 20
+
+
+@attrs.frozen(kw_only=True)
+class Run:
+    seconds: float
+    downtime: float
+    #: Bytes; None without a relay.
+    resident: int | None
+
+
+class Events(Qmp):
+    """A monitor that notes when events came."""
+
+    def __call__(self, command: str, **arguments: Any) -> Any:
+        self.seen: dict[str, float]
+        self.file.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
+        self.file.flush()
+        while True:
+            answer = json.loads(self.file.readline())
+            if "event" in answer:
+                stamp = answer["timestamp"]
+                self.__dict__.setdefault("seen", {})[answer["event"]] = (
+                    stamp["seconds"] + stamp["microseconds"] / 1e6
+                )
+            if "error" in answer:
+                raise RuntimeError(answer["error"]["desc"])
+            if "return" in answer:
+                return answer["return"]
+
+    def event(self, name: str) -> float:
+        """When it came, in seconds of the system's clock; waits for it."""
+        deadline = time.monotonic() + PATIENCE
+        while name not in self.__dict__.get("seen", {}):
+            if time.monotonic() > deadline:
+                raise TimeoutError(name)
+            self("query-status")
+            time.sleep(0.01)
+        return self.seen[name]
+
+
+@contextmanager
+def qemu(folder: Path, name: str, memory: Path, size: int, *more: str) -> Iterator[Events]:
+    path = folder / f"{name}.qmp"
+    path.unlink(missing_ok=True)
+    process = subprocess.Popen(
+        [
+            *(QEMU, "-M", "pc", "-accel", "tcg", "-nodefaults", "-display", "none"),
+            *("-m", f"{size >> 20}M", "-machine", "memory-backend=m"),
+            "-object",
+            f"memory-backend-file,id=m,mem-path={memory},size={size},share=on,prealloc=on",
+            *("-qmp", f"unix:{path},server=on,wait=off"),
+            *more,
+        ]
+    )
+    try:
+        yield Events(path, process)
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def relayed(uri: str, target: str) -> Iterator[tuple[str, list[int]]]:
+    """Where the relay listens, and a list that gets its peak memory in bytes when it has ended."""
+    program = Path(sys.executable).parent / "migctl"
+    process = subprocess.Popen(
+        [program, "relay", uri, target, "--json"], stdout=subprocess.PIPE, text=True
+    )
+    resident: list[int] = []
+    try:
+        assert process.stdout is not None
+        yield json.loads(process.stdout.readline())["addresses"][0], resident
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise RuntimeError(f"migctl relay ended with {process.returncode}")
+        resident.append(usage.ru_maxrss << 10)
+    finally:
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        return int(probe.getsockname()[1])
+
+
+def once(
+    folder: Path, files: tuple[Path, Path], size: int, *, channel: str, limit: int, relay: bool
+) -> Run:
+    for path in folder.glob("*.sock"):
+        path.unlink()
+    to = f"unix:{folder}/to.sock" if channel == "unix" else f"tcp:127.0.0.1:{free_port()}"
+    on = [{"capability": c, "state": True} for c in ("return-path", "events")]
+    with (
+        qemu(folder, "dst", files[1], size, "-incoming", "defer") as dst,
+        qemu(folder, "src", files[0], size) as src,
+    ):
+        for side in (src, dst):
+            side("migrate-set-capabilities", capabilities=on)
+        dst("migrate-incoming", uri=to)
+        src("migrate-set-parameters", **{"max-bandwidth": limit or 1 << 40})
+        resident: list[int] = []
+        if relay:
+            listen = f"unix:{folder}/in.sock" if channel == "unix" else "tcp:127.0.0.1:0"
+            with relayed(listen, to) as (address, resident):
+                src("migrate", uri=address)
+                seconds = completed(src)
+        else:
+            src("migrate", uri=to)
+            seconds = completed(src)
+        downtime = dst.event("RESUME") - src.event("STOP")
+        return Run(seconds=seconds, downtime=downtime, resident=resident[0] if resident else None)
+
+
+def completed(source: Events) -> float:
+    while True:
+        info = source("query-migrate")
+        if info["status"] in ("failed", "cancelled"):
+            raise RuntimeError(f"QEMU: {info}")
+        if info.get("total-time") and info["status"] == "completed":
+            return float(info["total-time"]) / 1000
+        time.sleep(0.05)
+
+
+def fill_file(path: Path) -> None:
+    fill(np.memmap(path, np.uint8, "r+"), "random")
+
+
+def compare(
+    size: int, runs: int, channels: list[str], limits: list[int]
+) -> Iterator[dict[str, Any]]:
+    with (
+        tempfile.TemporaryDirectory(prefix="whimbrel-bench-") as folder,
+        tempfile.TemporaryDirectory(dir="/dev/shm") as shm,
+    ):
+        files = (Path(shm) / "src", Path(shm) / "dst")
+        for file in files:
+            with file.open("wb") as handle:
+                handle.truncate(size)
+            # In another process: what was resident in this one would count for the relay that it starts.
+            filler = multiprocessing.get_context("spawn").Process(target=fill_file, args=(file,))
+            filler.start()
+            filler.join()
+        for channel in channels:
+            for limit in limits:
+                got: dict[bool, list[Run]] = {False: [], True: []}
+                for run in range(runs + 1):
+                    for way, runs_of_it in got.items():
+                        done = once(
+                            Path(folder), files, size, channel=channel, limit=limit, relay=way
+                        )
+                        if run:
+                            runs_of_it.append(done)
+                row = summary(channel, limit, size, got)
+                show(row)
+                yield row
+
+
+def summary(channel: str, limit: int, size: int, got: dict[bool, list[Run]]) -> dict[str, Any]:
+    rate = {way: statistics.median(size / r.seconds / 1e9 for r in rs) for way, rs in got.items()}
+    down = {way: statistics.median(r.downtime for r in rs) for way, rs in got.items()}
+    return {
+        "channel": channel,
+        "limit": limit,
+        "gb_per_s": {"direct": round(rate[False], 3), "relay": round(rate[True], 3)},
+        "downtime_ms": {"direct": round(down[False] * 1e3, 1), "relay": round(down[True] * 1e3, 1)},
+        "throughput_ratio": round(rate[True] / rate[False], 3),
+        "downtime_added_ms": round((down[True] - down[False]) * 1e3, 1),
+        "resident_mib": round(max(r.resident or 0 for r in got[True]) / MIB, 1),
+        "downtime_runs_ms": {
+            name: [round(r.downtime * 1e3, 1) for r in got[way]]
+            for way, name in ((False, "direct"), (True, "relay"))
+        },
+    }
+
+
+def show(row: dict[str, Any]) -> None:
+    rate, down = row["gb_per_s"], row["downtime_ms"]
+    limit = f"{row['limit'] >> 20} MiB/s" if row["limit"] else "no limit"
+    print(
+        f"{row['channel']:5} {limit:10} direct {rate['direct']:5.2f}  relay {rate['relay']:5.2f} GB/s"
+        f"  relay/direct {row['throughput_ratio']:.2f}   downtime direct {down['direct']:.0f}  relay {down['relay']:.0f} ms"
+        f"  added {row['downtime_added_ms']:+.0f} ms   resident {row['resident_mib']:.1f} MiB",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--size", type=parse_size, default=1 << 30, help="guest RAM (default 1G)")
+    parser.add_argument("--runs", type=int, default=5, help="of each way, after one to warm up")
+    parser.add_argument("--channel", nargs="+", choices=("tcp", "unix"), default=["tcp", "unix"])
+    parser.add_argument(
+        "--limit", nargs="+", type=parse_size, default=[128 * MIB, 0], help="max-bandwidth"
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    arguments = parser.parse_args()
+    if shutil.which(QEMU) is None:
+        sys.exit(f"{QEMU} is not installed: apt-get install qemu-system-x86")
+    rows = list(compare(arguments.size, arguments.runs, arguments.channel, arguments.limit))
+    if arguments.json:
+        json.dump(
+            {"size": arguments.size, "cpus": os.cpu_count(), "rows": rows}, sys.stdout, indent=2
+        )
+        print()
+
+
+if __name__ == "__main__":
+    main()

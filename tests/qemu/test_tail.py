@@ -143,9 +143,9 @@ def test_effort_is_linear_in_what_arrives() -> None:
 def test_ping_of_a_source_that_holds_back_the_end_is_seen_and_dropped() -> None:
     reader = TailReader()
     reader.feed(SECTIONS + COMMIT)
-    assert reader.commit_ping() == 0x8000_0007
+    assert reader.ping() == 0x8000_0007
     reader.ping_answered()
-    assert reader.commit_ping() is None
+    assert reader.ping() is None
     reader.feed(ended(b"", TEXT))
     assert reader.tail is not None
     assert reader.tail.sections == SECTIONS
@@ -166,7 +166,7 @@ def test_ping_of_a_source_that_holds_back_the_end_is_seen_and_dropped() -> None:
 def test_what_is_no_commit_ping_is_not_answered(data: bytes) -> None:
     reader = TailReader()
     reader.feed(data)
-    assert reader.commit_ping() is None
+    assert reader.ping() is None
 
 
 def load(data: bytes) -> tuple[ForeignTail, InStream]:

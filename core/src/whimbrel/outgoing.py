@@ -122,7 +122,8 @@ class Outgoing(Run):
             self._driver.command(Command.PING, struct.pack(">I", PING_OPEN))
             self._out.flush()
             self._measure_round_trip()
-        self._driver.setup(attrs.evolve(self._state.params, return_path=way_back is not None))
+        answers = self._wait_for_pong if way_back is not None else None
+        self._driver.setup(attrs.evolve(self._state.params, wait_for_pong=answers))
         self._figures.setup_time = time.monotonic() - began
         self._check_cancelled()
         self._state.transition(Status.SETUP, Status.ACTIVE)
@@ -313,6 +314,15 @@ class Outgoing(Run):
 
     # ---- answers of the destination
 
+    def _wait_for_pong(self, value: int, timeout: float) -> bool:
+        """See RunParams."""
+        self._out.flush()
+        try:
+            self._await_pong(value, time.monotonic() + timeout)
+        except DeadlineExceeded:
+            return False
+        return True
+
     def _await_pong(self, value: int, deadline: float) -> None:
         while True:
             answer, data = self._next_answer(deadline)
@@ -341,8 +351,6 @@ class Outgoing(Run):
     def _note(self, answer: Answer, data: bytes) -> None:
         """An answer that nobody waits for: refusals end the migration."""
         log.debug("answer %s %s", answer.name, data.hex())
-        if answer is Answer.PONG:
-            (self.last_pong,) = struct.unpack(">I", data)
         if answer is Answer.SHUT:
             status = struct.unpack(">I", data)[0]
             if status:
@@ -351,8 +359,12 @@ class Outgoing(Run):
                     hint="Its own log says why",
                 )
             raise StreamError("the destination said that it is done before the end of the stream")
-        if answer is Answer.PONG and struct.unpack(">I", data)[0] == PONG_RELAY:
-            self._relayed = True
+        if answer is Answer.PONG:
+            (value,) = struct.unpack(">I", data)
+            if value == PONG_RELAY:
+                self._relayed = True
+            else:
+                self.last_pong = value
         if answer not in (Answer.PONG, Answer.SWITCHOVER_ACK):
             raise StreamError(f"{answer.name} is not an answer of this kind of migration")
 

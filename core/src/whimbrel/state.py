@@ -94,8 +94,9 @@ class RunParams:
 
     blk: bool = False
     inc: bool = False
-    #: The destination answers: a return path is open. Known from setup() on.
-    return_path: bool = False
+    #: Sends what was written and waits for the PONG to a PING of that value, as many seconds at most; whether it came. For
+    #: handlers, on the thread of the migration, from setup() on. None: there is no return path.
+    wait_for_pong: Callable[[int, float], bool] | None = None
 
 
 @attrs.define(kw_only=True)

@@ -1,13 +1,17 @@
-"""How far a destination got: a PING between any two sections that it takes or refuses as one.
+"""How far a destination got: a PING before each section that it takes or refuses.
 
 QEMU (2.5 and newer) takes commands between sections, and answers a PING when everything before it has been loaded. So
 the last PONG tells which section comes next: the one that it is at, or that it gave up at. A PING is 9 bytes of the
 stream, a PONG 8 of the way back.
+
+A device section goes when the one before has been answered. Sent at once, they would all be on their way when QEMU gives
+up and ends; TCP then throws away the answers that it has not delivered yet, since there is something unread.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 
 import attrs
 
@@ -15,15 +19,23 @@ from whimbrel.savevm import Budget, LiveSaveVMHandler, Mode, Pending
 from whimbrel.state import RunParams
 from whimbrel.stream import InStream, OutStream
 from whimbrel.wire import items
-from whimbrel.wire.format import PING_COMMIT, PING_OPEN, Command
+from whimbrel.wire.format import PING_OPEN, Command
 from whimbrel.wire.items import SectionHeader
 
-#: PINGs between this and PING_COMMIT are ours.
-_FIRST = 0x0001_0000
+#: Our PINGs have these values.
+_FIRST, _LAST = 0x0001_0000, 0x0001_FFFF
+
+#: Seconds to wait for an answer. Who does not give one by then is not waited for again: not everybody answers.
+_PATIENCE = 1.0
 
 #: How the stream begins: both of it before the first PING.
 CONFIGURATION = "configuration"
 RAM = "ram"
+
+
+def is_milestone(ping: int) -> bool:
+    """Whether a PING of that value is one of ours, whose sender waits for the answer."""
+    return _FIRST <= ping <= _LAST
 
 
 @attrs.frozen(kw_only=True)
@@ -31,7 +43,8 @@ class Piece:
     """What is taken or refused as one. The offset is that of its first byte in the stream as sent."""
 
     section: str
-    instance_id: int = 0
+    #: None: it is no section of a device, and has none.
+    instance_id: int | None = 0
     version_id: int | None = None
     offset: int
     #: What of the section it is, where that is not all of it.
@@ -51,16 +64,19 @@ class Milestones(LiveSaveVMHandler):
         """first: the live section that the stream begins with."""
         self._first = first
         self._pieces: list[Piece] = []
-        self._answered = False  # whether somebody answers
+        self._wait: Callable[[int, float], bool] | None = None
         self._setup_at = 0
+        #: Every answer that was waited for has come.
+        self.exact = True
 
     def is_active(self, params: RunParams) -> bool:
-        return params.return_path
+        return params.wait_for_pong is not None
 
     def setup(self, out: OutStream, params: RunParams) -> None:
-        self._answered = True
+        self._wait = params.wait_for_pong
         self._setup_at = out.position
         self._pieces.clear()
+        self.exact = True
 
     def pending(self, exact: bool) -> Pending:
         return Pending()
@@ -85,10 +101,12 @@ class Milestones(LiveSaveVMHandler):
         *,
         part: str | None = None,
     ) -> None:
-        """Ask whether everything so far has been loaded; that section comes next. Nothing where nobody answers."""
-        if not self._answered:
+        """Ask whether everything so far has been loaded, and wait for the answer unless pages are next. Nothing where
+        nobody answers.
+        """
+        if self._wait is None:
             return
-        value = _FIRST + len(self._pieces)
+        value = min(_FIRST + len(self._pieces), _LAST)
         out.write(items.encode_command(Command.PING, struct.pack(">I", value)))
         self._pieces.append(
             Piece(
@@ -99,6 +117,8 @@ class Milestones(LiveSaveVMHandler):
                 part=part,
             )
         )
+        if self.exact and part is None:
+            self.exact = self._wait(value, _PATIENCE)
 
     def reached(self, pong: int | None) -> Piece | None:
         """What the destination had before it after its last answer; None: it had loaded everything, or cannot be told.
@@ -106,13 +126,12 @@ class Milestones(LiveSaveVMHandler):
         pong: the value of that answer, None if there was none.
         """
         if pong is None:
-            return Piece(section=CONFIGURATION, offset=0)
+            return Piece(section=CONFIGURATION, instance_id=None, offset=0)
         if pong == PING_OPEN:
             part = "list of RAM blocks" if self._first == RAM else None
             return Piece(section=self._first, offset=self._setup_at, part=part)
-        if pong & PING_COMMIT or not 0 <= pong - _FIRST < len(self._pieces):
-            return None
-        return self._pieces[pong - _FIRST]
+        n = pong - _FIRST
+        return self._pieces[n] if 0 <= n < len(self._pieces) else None
 
     def offset_of(self, section: str, instance_id: int | None) -> int | None:
         """Where that section begins, if it has been written."""

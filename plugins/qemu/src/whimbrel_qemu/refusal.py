@@ -27,7 +27,7 @@ class Refused(PeerError):
     """The destination gave up before it had the machine; the machine's file is as it was.
 
     section, instance_id, field and offset say where, as far as it is known: the offset is that of the section in the
-    stream. `what` is the reason in our words; `words` are the destination's own, without warnings. `at` is how far its
+    stream. `what` is the reason in our words; `words` are the destination's own, without warnings. `reached` is how far its
     answers came: what it had before it after the last one, None where it gave none.
     """
 
@@ -49,7 +49,7 @@ class Refused(PeerError):
         self.what = what
         self.instance_id = instance_id
         self.field = field
-        self.at = at
+        self.reached = at
         self.words = words
 
 
@@ -121,6 +121,8 @@ def _by_position(evidence: Evidence) -> Reason:
             hint=f"Start the destination {same}; its log says more (--log)",
         )
     what = f"it gave up at the {at.part}" if at.part else "it gave up at this section"
+    if evidence.milestones is not None and not evidence.milestones.exact:
+        what += ", or behind it"
     hint = _LET_IT_SPEAK
     if at.section == RAM:
         hint = f"The guest has {_blocks(evidence.guest)}. {_LET_IT_SPEAK}"

@@ -11,6 +11,7 @@ looked through are disjoint but for a few bytes.
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from whimbrel.wire import items
 from whimbrel.wire.format import MAX_VMDESCRIPTION, PING_COMMIT, Command, ItemType
 from whimbrel.wire.items import SectionHeader
 from whimbrel_device import vmdesc
-from whimbrel_qemu.milestones import Milestones
+from whimbrel_qemu.milestones import Milestones, is_milestone
 
 #: Bytes of device sections that are accepted. QEMU's own are below 1 MiB, large ones (a GPU's) some tens of MiB.
 MAX_TAIL = 256 << 20
@@ -270,7 +271,7 @@ class TailReader:
         maybe_eof = len(data) - (data[-1:] == _END[:1] and not behind_ping)
         return min(maybe_eof, self._scanned) if self._scanned < len(data) - 1 else maybe_eof
 
-    def commit_ping(self) -> int | None:
+    def ping(self) -> int | None:
         """The value of a PING that asks whether everything so far has been loaded, if what has arrived ends with one."""
         start = len(self._data) - len(_PING) - _U32.size
         footer = start - _FOOTER
@@ -279,7 +280,7 @@ class TailReader:
         (value,) = _U32.unpack_from(self._data, start + len(_PING))
         if self._footers and self._data[footer] != ItemType.FOOTER:
             return None
-        if not value & PING_COMMIT:
+        if not value & PING_COMMIT and not is_milestone(value):
             return None
         return int(value)
 
@@ -419,11 +420,12 @@ class ForeignTail(SaveVMHandler):
         raise TailTaken
 
     def _look_for_ping(self, reader: TailReader, inp: InStream) -> None:
-        value = reader.commit_ping()
+        value = reader.ping()
         if value is None or self._answer_ping is None:
             return
-        try:
-            inp.channel.peek(_CHUNK, time.monotonic() + _SILENCE)
-        except DeadlineExceeded:  # the source waits for us: so it was no chance
-            self._answer_ping(value)
-            reader.ping_answered()
+        if not is_milestone(value):  # an answer to one of those that is none does no harm
+            with contextlib.suppress(DeadlineExceeded):
+                inp.channel.peek(_CHUNK, time.monotonic() + _SILENCE)
+                return  # the source does not wait for us: it was chance
+        self._answer_ping(value)
+        reader.ping_answered()

@@ -299,11 +299,8 @@ class _Layout:
 
     def __init__(self, section: Section) -> None:
         self.subsections = dict(_named(section.device.vmsd))
-        self._items = [
-            attrs.evolve(item, path=re.sub(r"\[[^\]]*\]", "", item.path))
-            for item in vmdesc.walk(section.device, section.payload)
-            if item.type != "subsection"
-        ]
+        items = vmdesc.walk(section.device, section.payload)
+        self._items = [item for item in items if item.type != "subsection"]
 
     def leave_out(self, subsections: Iterable[str]) -> None:
         """Forget the fields of these."""
@@ -320,7 +317,7 @@ class _Layout:
     def fields(self) -> dict[str, collections.Counter[_Kind]]:
         fields: dict[str, collections.Counter[_Kind]] = {}
         for item in self._items:
-            kinds = fields.setdefault(item.path, collections.Counter())
+            kinds = fields.setdefault(_array(item.path), collections.Counter())
             kinds[_Kind(item.type, item.size)] += 1
         return fields
 
@@ -331,8 +328,13 @@ class _Layout:
         for item in self._items:
             if item.type.endswith((_EQUAL, _AT_MOST)):
                 number = int.from_bytes(item.data, "big", signed=item.type.startswith("int"))
-                values.setdefault(item.path, (item.type, []))[1].append(number)
+                values.setdefault(_array(item.path), (item.type, []))[1].append(number)
         return values
+
+
+def _array(path: str) -> str:
+    """Without the numbers of elements."""
+    return re.sub(r"\[[^\]]*\]", "", path)
 
 
 def _named(vmsd: vmdesc.Vmsd) -> Iterator[tuple[str, int]]:

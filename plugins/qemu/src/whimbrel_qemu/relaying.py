@@ -219,7 +219,7 @@ class Passage:
         try:
             self._destination.send([data])
         except ChannelError as error:
-            raise _DestinationFailed(str(error)) from error
+            raise _DestinationFailed(error.message) from error
 
     def _commit(self, data: Buffer) -> None:
         """What begins with the EOF byte."""
@@ -360,6 +360,8 @@ class Passage:
                 if answers.status:
                     return _refusal(answers.status)
                 return PeerError(f"the destination gave up: {answers.error}", hint=_OWN_LOG)
+        if isinstance(error, _DestinationFailed):
+            return ChannelError(f"the destination hung up: {error.message}", hint=_OWN_LOG)
         if isinstance(error, EndOfStream):
             error.hint = error.hint or BROKE_OFF
         return error

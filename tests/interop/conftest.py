@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
-from whimbrel_testing.peers import PATIENCE
+from whimbrel_testing.peers import PATIENCE, QemuFactory
+
+from .matrix import BEGUN, CELL, Record, lines, tables
+from .passage import Passage
 
 
 class Migctl:
@@ -83,3 +86,41 @@ def migctl() -> Iterator[Callable[..., Migctl]]:
             return process
 
         yield start
+
+
+@pytest.fixture
+def transport() -> str:
+    """Where a test does not ask for another."""
+    return "unix"
+
+
+@pytest.fixture
+def passage(
+    transport: str, tmp_path: Path, qemu: QemuFactory, migctl: Callable[..., Migctl]
+) -> Iterator[Passage]:
+    """The steps of a passage, over `transport`."""
+    with contextlib.closing(Passage(transport, tmp_path, qemu, migctl)) as steps:
+        yield steps
+
+
+@pytest.fixture
+def record(record_property: Callable[[str, object], None]) -> Record:
+    """Enters what a test has seen into the tables at the end."""
+
+    def enter(table: str, row: str, column: str, seen: str = BEGUN) -> None:
+        record_property(CELL, (table, row, column, seen))
+
+    return enter
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [
+        report
+        for outcome in ("passed", "failed", "error", "skipped")
+        for report in terminalreporter.stats.get(outcome, [])
+        if isinstance(report, pytest.TestReport)
+    ]
+    for name, rows in tables(reports).items():
+        terminalreporter.section(name)
+        for line in lines(rows):
+            terminalreporter.line(line)

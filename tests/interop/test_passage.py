@@ -1,8 +1,8 @@
 """QEMU -> migctl receive -> a file -> migctl send -> QEMU, over each transport."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,19 +17,12 @@ from whimbrel_testing.qemu_guest import (
     wait_counting,
 )
 
-from .passage import TRANSPORTS, Migctl, Passage
+from .passage import TRANSPORTS, Passage
 
 pytestmark = pytest.mark.interop
 
 
-@pytest.fixture(params=TRANSPORTS)
-def passage(
-    request: pytest.FixtureRequest, tmp_path: Path, qemu: QemuFactory, migctl: Callable[..., Migctl]
-) -> Iterator[Passage]:
-    with contextlib.closing(Passage(request.param, tmp_path, qemu, migctl)) as steps:
-        yield steps
-
-
+@pytest.mark.parametrize("transport", TRANSPORTS)
 @pytest.mark.parametrize("return_path", [True, False], ids=["return-path", "one-way"])
 def test_guest_counts_on(passage: Passage, tmp_path: Path, return_path: bool) -> None:
     answered = return_path and passage.two_way
@@ -57,6 +50,7 @@ def test_guest_counts_on(passage: Passage, tmp_path: Path, return_path: bool) ->
     assert passage.file.read_bytes() == kept
 
 
+@pytest.mark.parametrize("transport", TRANSPORTS)
 def test_filled_ram_arrives_whole(passage: Passage, tmp_path: Path) -> None:
     guest = FilledGuest()
     ram, copy = tmp_path / "ram", tmp_path / "copy"
@@ -73,7 +67,7 @@ def test_filled_ram_arrives_whole(passage: Passage, tmp_path: Path) -> None:
 
 
 def test_file_holds_each_page_once_and_qemu_reads_it_itself(
-    qemu: QemuFactory, migctl: Callable[..., Migctl], tmp_path: Path
+    qemu: QemuFactory, migctl: Callable[..., Any], tmp_path: Path
 ) -> None:
     """A source that has sent its ring many times over, at a rate that lets it converge only when told to."""
     guest = counting_guest(tmp_path, pages=2048)
@@ -98,7 +92,7 @@ def test_file_holds_each_page_once_and_qemu_reads_it_itself(
 
 
 def test_file_can_be_sent_again_and_again(
-    qemu: QemuFactory, migctl: Callable[..., Migctl], tmp_path: Path
+    qemu: QemuFactory, migctl: Callable[..., Any], tmp_path: Path
 ) -> None:
     guest = counting_guest(tmp_path)
     before = tmp_path / "before.log"
@@ -159,7 +153,7 @@ def differing_devices(one: Guest, other: Guest) -> list[str]:
     ids=["pc", "q35"],
 )
 def test_devices_of_all_kinds_pass(
-    qemu: QemuFactory, migctl: Callable[..., Migctl], tmp_path: Path, machine: tuple[str, ...]
+    qemu: QemuFactory, migctl: Callable[..., Any], tmp_path: Path, machine: tuple[str, ...]
 ) -> None:
     """With a UUID that both sides check, kept in the file like the rest of the configuration."""
     args = (*machine, *RICH, "-uuid", UUID)

@@ -319,8 +319,9 @@ def test_destination_that_is_another_machine_refuses(
     qemu: QemuFactory, kept: Path, migctl: Start, tmp_path: Path
 ) -> None:
     target = qemu("-machine", "q35", incoming=f"unix:{tmp_path}/in")
-    message = migctl("send", kept, f"unix:{tmp_path}/in").failed()
-    assert "destination" in message
+    sender = migctl("send", kept, f"unix:{tmp_path}/in")
+    assert sender.event("refused")["section"] == "configuration"
+    assert "destination" in sender.failed()
     assert target.wait_exit() == 1
     assert load(kept).run_state == "running"
 

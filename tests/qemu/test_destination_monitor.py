@@ -115,6 +115,7 @@ def test_somebody_else_at_the_monitor(keep: Callable[..., Path], tmp_path: Path)
     with socket.socket(socket.AF_UNIX) as other:
         other.bind(str(tmp_path / "other"))
         other.listen()
+
         def serve() -> None:
             connection, _ = other.accept()
             with connection:

@@ -135,20 +135,32 @@ def _tell(done: Relayed, report: bool) -> None:
 
 def _show(done: Relayed) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
+
+    from whimbrel.wire import dialects
 
     human = commands.human
     table = Table(box=None, pad_edge=False)
-    table.add_column("section")
-    table.add_column("instance", justify="right")
+    table.add_column("section", overflow="fold")
+    for column in ("instance", "version"):
+        table.add_column(column, justify="right")
     table.add_column("kind")
     table.add_column("size", justify="right")
     for section in done.sections:
+        version = "?" if section.version_id is None else str(section.version_id)
         size = "?" if section.bytes is None else human(section.bytes)
-        table.add_row(section.idstr, str(section.instance_id), section.kind, size)
-    console = Console()
-    console.print(table)
-    blocks = ", ".join(f"{idstr} {human(size)}" for idstr, size in done.blocks)
-    click.echo(f"\nRAM: {blocks}; {done.normal} pages, and {done.zero} that are zero")
+        table.add_row(escape(section.idstr), str(section.instance_id), version, section.kind, size)
+        if section.kind == "live":
+            for idstr, block_size in done.blocks:
+                table.add_row(f"  {escape(idstr)}", "", "", "RAMBlock", human(block_size))
+    Console().print(table)
+    form = [
+        name.replace("_", " ") if value is True else f"{name} {value}"
+        for name, value in dialects.described(done.dialect).items()
+        if value
+    ]
+    click.echo(f"\nform of the stream: {', '.join(form)}")
+    click.echo(f"pages: {done.normal}, and {done.zero} that are zero")
     if done.downtime is not None:
         click.echo(f"downtime as seen from here: {done.downtime * 1000:.0f} ms")

@@ -67,6 +67,8 @@ class PassedSection:
 
     idstr: str
     instance_id: int
+    #: None: not seen.
+    version_id: int | None
     #: "live", "device", or "unverified": the first one from which on nothing could be told apart.
     kind: str
     bytes: int | None
@@ -402,16 +404,34 @@ class Passage:
             tail = self._taken.tail
             if tail is None or tail.description is None:
                 self._unverified_from = self._taken.first
-        sections = [PassedSection(idstr="ram", instance_id=0, kind="live", bytes=self._ram.bytes)]
+        sections = [
+            PassedSection(
+                idstr="ram",
+                instance_id=0,
+                version_id=self._ram.version_id,
+                kind="live",
+                bytes=self._ram.bytes,
+            )
+        ]
         if tail is not None:
             sections += [
-                PassedSection(idstr=d.name, instance_id=d.instance_id, kind="device", bytes=len(p))
-                for d, p in tail.payloads()
+                PassedSection(
+                    idstr=section.device.name,
+                    instance_id=section.device.instance_id,
+                    version_id=section.version_id,
+                    kind="device",
+                    bytes=len(section.payload),
+                )
+                for section in tail.split()
             ]
         if self._unverified_from is not None:
             sections.append(
                 PassedSection(
-                    idstr=self._unverified_from, instance_id=0, kind="unverified", bytes=None
+                    idstr=self._unverified_from,
+                    instance_id=0,
+                    version_id=None,
+                    kind="unverified",
+                    bytes=None,
                 )
             )
         configuration = status.configuration

@@ -212,7 +212,7 @@ def show_comparison(comparison: Comparison, *, as_json: bool, err: bool) -> None
     console.print(_table(comparison))
     hints = dict.fromkeys(d.hint for d in comparison.refused if d.hint)
     for hint in hints:
-        click.echo(f"- {hint}", err=err)
+        click.echo(f"- {_plain(hint)}", err=err)
 
 
 def _table(comparison: Comparison) -> RenderableType:
@@ -226,7 +226,7 @@ def _table(comparison: Comparison) -> RenderableType:
     for d in comparison.differences:
         section = f"{d.section} {d.instance_id}" if d.instance_id else d.section
         verdict = Text(d.verdict.value, style=_COLOURS.get(d.verdict.value, ""))
-        table.add_row(verdict, Text(section), Text(d.field or "-"), Text(d.what))
+        table.add_row(verdict, *(Text(_plain(t)) for t in (section, d.field or "-", d.what)))
     return table
 
 
@@ -261,4 +261,9 @@ def _show_refusal(error: Refused, as_json: bool) -> None:
     elif error.words:
         click.echo("the destination's own words:", err=True)
         for line in error.words:
-            click.echo(f"  {''.join(c if c.isprintable() else '?' for c in line)}", err=True)
+            click.echo(f"  {_plain(line)}", err=True)
+
+
+def _plain(text: str) -> str:
+    """Names come from files, words from peers: no terminal is to obey them."""
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -14,8 +14,8 @@ import attrs
 from whimbrel_qemu import advice, pci
 from whimbrel_qemu.milestones import CONFIGURATION, RAM
 
-#: Lines that are kept, the last ones.
-_LINES = 20
+#: Lines that are kept, the last ones, and characters of each.
+_LINES, _LENGTH = 20, 500
 _MIB = 1 << 20
 
 _SAME = "Give the device in the destination the same properties, and the same ports, disks and queues behind it"
@@ -252,24 +252,30 @@ _TABLE: tuple[tuple[re.Pattern[str], Make], ...] = tuple(
         (r"Received TARGET_PAGE_BITS is (\d\d?) but local is (\d\d?)", _page_bits),
         (r"Capability (\S+) is (on|off), but received capability is (on|off)", _capability),
         (r"Received unknown capability (\S+)", _unknown_capability),
-        (r"Size mismatch: (\S+): (0x[0-9a-f]+) != (0x[0-9a-f]+)", _block_size),
+        (r"Size mismatch: (\S+): (0x[0-9a-f]{1,16}) != (0x[0-9a-f]{1,16})", _block_size),
         (r'Unknown ramblock "([^"]*)"', _unknown_block),
-        (r"Unknown savevm section or instance '([^']*)' (\d+)", _unknown_section),
-        (r"unsupported version (\d+) for '([^']*)' v(\d+)", _too_new),
+        (r"Unknown savevm section or instance '([^']*)' (\d{1,10})", _unknown_section),
+        (r"unsupported version (\d{1,10}) for '([^']*)' v(\d{1,10})", _too_new),
         (
-            r"(\S+): incoming version_id (\d+) is too (new|old) for local (?:minimum )?version_id +(\d+)",
+            (
+                r"(\S{1,255}): incoming version_id (\d{1,10}) is too (new|old)"
+                r" for local (?:minimum )?version_id +(\d{1,10})"
+            ),
             _part_version,
         ),
-        (r"Bad config data: i=0x([0-9a-f]+) read: ([0-9a-f]+) device: ([0-9a-f]+)", _pci_config),
-        (r"Invalid value (-?\d+) expecting positive value <= (\d+)", _not_less),
-        (r"(?m)([0-9a-f]+) != ([0-9a-f]+)$", _not_equal),
+        (
+            r"Bad config data: i=0x([0-9a-f]{1,4}) read: ([0-9a-f]{1,2}) device: ([0-9a-f]{1,2})",
+            _pci_config,
+        ),
+        (r"Invalid value (-?\d{1,20}) expecting positive value <= (\d{1,20})", _not_less),
+        (r"(?m)\b([0-9a-f]{1,16}) != ([0-9a-f]{1,16})$", _not_equal),
         (r"Mismatched section id in footer for (\S+) - read (\S+) expected (\S+)", _wrong_footer),
         (r"Missing section footer for (\S+)", _no_footer),
         (r"Assertion `.*' failed", _crash),
         (r"CMD_PING \(\S+\) received with no return path", _no_answer),
     )
 )
-_AT = re.compile(r"error while loading state for instance (0x[0-9a-f]+) of device '([^']*)'")
+_AT = re.compile(r"error while loading state for instance (0x[0-9a-f]{1,8}) of device '([^']*)'")
 _FIELD = re.compile(r"Failed to load (\S+):(\S+)")
 #: What is said of a section in which nothing but this was wrong.
 UNKNOWN_SUBSECTION = "it has a subsection that the destination does not know"
@@ -312,4 +318,4 @@ def field_path(said: str) -> str | None:
 def lines(said: str) -> tuple[str, ...]:
     """What is worth repeating: the last lines, warnings left out."""
     kept = [line.strip() for line in said.splitlines() if line.strip() and "warning:" not in line]
-    return tuple(kept[-_LINES:])
+    return tuple(line[:_LENGTH] for line in kept[-_LINES:])

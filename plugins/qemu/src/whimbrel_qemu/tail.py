@@ -40,6 +40,9 @@ _CHUNK = 64 << 10
 _U32 = struct.Struct(">I")
 _END = bytes((ItemType.EOF, ItemType.VMDESCRIPTION))
 _FOOTER = 5
+_LONGEST_NAME = 255
+#: How often the device sections are gone through from another start: a hostile stream has many that look like one.
+_MAX_WALKS = 8
 _PING = bytes((ItemType.COMMAND,)) + struct.pack(">HH", Command.PING, 4)
 
 
@@ -333,21 +336,31 @@ def find_tail(data: Buffer, *, footers: bool = True) -> Found | None:
         description = vmdesc.parse(text)
     except StreamError:
         return None
-    if not description.devices:
+    devices = description.devices
+    if not devices or any(len(d.name.encode()) > _LONGEST_NAME for d in devices):
         return None
-    first = description.devices[0]
-    name = items.counted(first.name) + _U32.pack(first.instance_id)
-    behind = at
-    while (found := raw.rfind(name, 0, behind)) >= 0:
-        behind = found + len(name) - 1
-        start = found - 1 - _U32.size  # the header: type, section id, name
-        if start < 0 or raw[start] != ItemType.SECTION_FULL:
+    name = items.counted(devices[0].name) + _U32.pack(devices[0].instance_id)
+    length = sum(_framed_size(d, footers=footers) for d in devices)
+    walks = 0
+    for pings in range(len(devices) + 2):  # one may stand before and behind each section
+        start = at - length - pings * (len(_PING) + _U32.size)
+        if start < 0 or walks == _MAX_WALKS:
+            return None
+        behind = start + 1 + _U32.size  # type, section id, name
+        if raw[start] != ItemType.SECTION_FULL or not raw.startswith(name, behind):
             continue
+        walks += 1
         reader = TailReader(start, footers=footers)
         reader.feed(raw[start:])
         if reader.tail is not None and reader.eof == at - start:
             return Found(tail=reader.tail, start=start, eof=at)
     return None
+
+
+def _framed_size(device: vmdesc.Device, *, footers: bool) -> int:
+    """Bytes of the section: type, id, name, instance, version, payload, footer."""
+    head = 1 + _U32.size + 1 + len(device.name.encode()) + 2 * _U32.size
+    return head + device.size + footers * _FOOTER
 
 
 def write_sections(tail: Tail, out: OutStream, milestones: Milestones | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import tracemalloc
 
+import attrs
 import pytest
 
 from whimbrel.channel import MemoryChannel
@@ -10,9 +11,11 @@ from whimbrel.wire.return_path import encode_shut
 from whimbrel_testing.wrong import Side, all_cases
 from whimbrel_testing.wrong.loaders import (
     LOADERS,
+    App,
     ClosedSource,
     SilentSource,
     WaitsForever,
+    keep,
     load_app,
     load_keep,
 )
@@ -98,8 +101,6 @@ def test_no_claim_of_a_stream_takes_memory(loader):
 
 
 def test_the_app_is_the_machine_that_sent_the_legal_streams():
-    from whimbrel_testing.wrong.loaders import App
-
     app = App()
     app.load(ClosedSource(BY_NAME["legal-plain"].data()))
     assert (app.timer.cpu_ticks_offset, app.timer.cpu_clock_offset) == (1000, 2000)
@@ -152,3 +153,18 @@ def test_the_offsets_of_a_piece():
 
 def test_apps_may_be_given_any_source():
     assert refused(load_app, b"QEVM") is not None
+
+
+BOTH = [case.name for case in CASES if case.app is None and case.keep is None]
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_the_two_loaders_got_the_same_machine(name, tmp_path):
+    data = BY_NAME[name].data()
+    app, again = App(), App()
+    app.load(ClosedSource(data, answers=MemoryChannel()))
+    kept = keep(ClosedSource(data, answers=MemoryChannel()), tmp_path / "kept")
+    again.load(ClosedSource(kept))
+    assert bytes(again.ram.buffer) == bytes(app.ram.buffer)
+    assert attrs.asdict(again.timer) == attrs.asdict(app.timer)
+    assert again.machine.received_run_state == app.machine.received_run_state

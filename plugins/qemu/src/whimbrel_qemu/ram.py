@@ -24,7 +24,7 @@ class AdoptingRam(RamHandler):
     def __init__(self, max_ram: int, on_start: Callable[[], None]) -> None:
         super().__init__((), adopt=max_ram)
         self._on_start = on_start
-        #: The header of its START, when that has come.
+        #: The header of its START (or of a FULL, which QEMU would take as well), when that has come.
         self.start: SectionHeader | None = None
 
     def load_setup(self, ctx: LoadContext) -> None:
@@ -33,7 +33,7 @@ class AdoptingRam(RamHandler):
 
     def load(self, inp: InStream, header: SectionHeader) -> None:
         super().load(inp, header)
-        if header.type is ItemType.SECTION_START:
+        if header.type in (ItemType.SECTION_START, ItemType.SECTION_FULL):
             self.start = header
             self._on_start()
 

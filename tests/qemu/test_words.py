@@ -157,7 +157,7 @@ def test_long_words_take_no_time(line: str) -> None:
     ("name", "where"),
     [
         ("0000:00:05.0/e1000", "at PCI address 05.0 (e1000)"),
-        ("0000:02:05.1/e1000.rom", "at PCI address 02:05.1 (e1000.rom)"),
+        ("0000:02:05.1/e1000.rom", "at PCI address 02:05.1 (e1000)"),
         ("0000:00:08.0/1/usb-ptr", "at PCI address 08.0, port 1 (usb-ptr)"),
         ("0000:00:09.0:00.0/e1000e", "at PCI address 09.0, behind that at 00.0 (e1000e)"),
         ("timer", None),

@@ -40,7 +40,8 @@ def place(name: str) -> str | None:
         f", behind that at {step}" if ":" in step or "." in step else f", port {step}"
         for step in re.findall(r"[^:/]+", path)
     )
-    return f"at PCI address {bus}{match['slot']}{behind} ({last})"
+    name = last.partition(".")[0]  # e1000.rom is memory of e1000
+    return f"at PCI address {bus}{match['slot']}{behind} ({name})"
 
 
 def have(section: str, instance_id: int) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from whimbrel_qemu import Guest, load
+from whimbrel_qemu import load
 from whimbrel_testing.peers import QemuFactory, wait_until
 from whimbrel_testing.qemu_guest import (
     MIB,
@@ -17,6 +17,7 @@ from whimbrel_testing.qemu_guest import (
     wait_counting,
 )
 
+from .devices import differing_devices
 from .passage import TRANSPORTS, Passage
 
 pytestmark = pytest.mark.interop
@@ -127,14 +128,6 @@ RICH = (
     *("-device", "virtio-serial-pci", "-device", "nec-usb-xhci", "-device", "lsi53c895a"),
 )
 UUID = "00112233-4455-6677-8899-aabbccddeeff"
-
-
-def differing_devices(one: Guest, other: Guest) -> list[str]:
-    assert one.tail is not None
-    assert other.tail is not None
-    a, b = one.tail.payloads(), other.tail.payloads()
-    assert [(d.name, d.instance_id) for d, _ in a] == [(d.name, d.instance_id) for d, _ in b]
-    return [d.name for (d, x), (_, y) in zip(a, b, strict=True) if x != y]
 
 
 @pytest.mark.parametrize(

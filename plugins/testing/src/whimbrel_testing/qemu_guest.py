@@ -92,6 +92,8 @@ class FilledGuest:
     """RAM that was filled before the start, in a file that QEMU maps shared; the guest never runs (-S)."""
 
     size: int = 64 * MIB
+    #: So much of it is filled, from its beginning; the rest is zero, and takes no room on the disk.
+    filled: int = 64 * MIB
 
     def args(self, ram: Path, machine: str = MACHINE) -> list[str]:
         """QEMU's arguments, with the file `ram` as its memory; a missing file is made, all zero."""
@@ -109,9 +111,10 @@ class FilledGuest:
         with ram.open("wb") as file:
             for page in self._pages(random.Random(seed)):
                 file.write(page)
+            file.truncate(self.size)
 
     def _pages(self, rng: random.Random) -> Iterator[bytes]:
-        left = self.size // counter.PAGE
+        left = min(self.size, self.filled) // counter.PAGE
         while left:
             run = min(left, rng.randrange(1, 40))
             left -= run

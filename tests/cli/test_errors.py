@@ -34,7 +34,7 @@ COMMANDS = '''
         open(path)
 
     @click.command()
-    def status():
+    def nine():
         return 9
 
     @click.command()
@@ -50,7 +50,7 @@ COMMANDS = '''
 
     @hookimpl
     def cli_commands():
-        return [fail, blocked, spoof, defect, opening, status, hang, which]
+        return [fail, blocked, spoof, defect, opening, nine, hang, which]
 '''
 
 
@@ -74,7 +74,7 @@ def test_a_migration_error_is_one_line_that_says_what_to_do(app):
 
 def test_every_blocker_is_named(app):
     code, _, err = outcome(app.migctl("blocked"))
-    assert code == 1
+    assert code == 3
     assert err.count("\n") == 1
     assert "newest reason; oldest reason" in err
 
@@ -147,7 +147,7 @@ def test_without_arguments_the_help_is_shown(app):
 
 
 def test_a_command_may_choose_its_exit_status(app):
-    assert app.migctl("status").returncode == 9
+    assert app.migctl("nine").returncode == 9
 
 
 def test_a_command_sees_the_plugins_that_the_operator_chose(app):
@@ -163,11 +163,11 @@ def test_a_misspelt_plugin_name_is_said(app):
 
 def test_a_command_that_two_plugins_claim_is_refused_naming_both(app):
     app.add("other-commands", group="whimbrel.plugins", name="others", source=COMMANDS)
-    code, _, err = outcome(app.migctl("status"))
+    code, _, err = outcome(app.migctl("nine"))
     assert code == 1
     assert "commands of acme-commands 1.0" in err
     assert "others of other-commands 1.0" in err
-    assert app.migctl("-p", "no:others", "status").returncode == 9
+    assert app.migctl("-p", "no:others", "nine").returncode == 9
 
 
 def test_a_plugin_whose_commands_fail_leaves_the_others(app):
@@ -182,7 +182,7 @@ def test_a_plugin_whose_commands_fail_leaves_the_others(app):
             def cli_commands(): return 1 // 0
         """,
     )
-    code, _, err = outcome(app.migctl("status"))
+    code, _, err = outcome(app.migctl("nine"))
     assert code == 9
     assert "brokencommands of broken-commands 1.0 failed in cli_commands" in err
     assert "Traceback" not in err
@@ -215,6 +215,6 @@ def test_version_needs_neither_plugins_nor_rich(site):
 
 
 def test_logging_names_the_loggers_of_whimbrel(app):
-    code, _, err = outcome(app.migctl("-vv", "-p", "no:fd", "status"))
+    code, _, err = outcome(app.migctl("-vv", "-p", "no:fd", "nine"))
     assert code == 9
     assert "DEBUG   whimbrel.plugins: plugin fd of whimbrel-fd" in err

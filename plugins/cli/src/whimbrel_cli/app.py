@@ -1,7 +1,8 @@
-"""The click application: global options, and a group whose commands come from plugins (hook `cli_commands`)."""
+"""The click application: global options, and a group of commands: those on monitors, and those that plugins bring."""
 
 from __future__ import annotations
 
+import importlib
 import logging
 import platform
 from typing import TYPE_CHECKING
@@ -18,6 +19,8 @@ log = logging.getLogger("whimbrel.cli")
 
 EPILOG = """\b
 Examples:
+  migctl -m unix:/run/src.qmp migrate tcp:host2:4444
+  migctl -m unix:/run/src.qmp status
   migctl --plugins                    what is installed; why something is not ready
   migctl --plugins --json             the same for a program
   migctl -p no:exec COMMAND ...       as if the plugin exec were not installed
@@ -27,10 +30,26 @@ Examples:
 WHIMBREL_DISABLE=NAME,NAME in the environment disables plugins as well."""
 
 
+#: The commands on monitors, imported when one is run or listed.
+_OWN = {
+    "blockers": "control:blockers",
+    "cancel": "control:cancel",
+    "caps": "settings:caps",
+    "cont": "control:cont",
+    "incoming": "incoming:incoming",
+    "params": "settings:params",
+    "resolve": "control:resolve",
+    "set": "settings:set_",
+    "status": "control:status",
+    "stop": "control:stop",
+}
+
+
 class Selection:
-    """What -p chose, and the plugins under that choice: loaded when somebody asks for them, once."""
+    """What -m and -p chose, and the plugins under that choice: loaded when somebody asks for them, once."""
 
     def __init__(self) -> None:
+        self.monitors: tuple[str, ...] = ()
         self.disabled: list[str] = []
         self.prefer: dict[str, str] = {}
         self._plugins: Plugins | None = None
@@ -71,14 +90,17 @@ class Selection:
 
 
 class PluginGroup(click.Group):
-    """A group whose commands are contributed. Plugins are loaded when a command is looked up or listed."""
+    """The commands of its own, and those that are contributed. Plugins are loaded when one of theirs is looked up, or all
+    are listed. A command of its own is never taken over.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted({*super().list_commands(ctx), *self._contributed(ctx)})
+        return sorted({*_OWN, *self._contributed(ctx)})
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        own = super().get_command(ctx, cmd_name)
-        if own is not None:
+        if cmd_name in _OWN:
+            module, _, name = _OWN[cmd_name].partition(":")
+            own: click.Command = getattr(importlib.import_module(f"whimbrel_cli.{module}"), name)
             return own
         claims = self._contributed(ctx).get(cmd_name, {})
         if len(claims) > 1:
@@ -93,7 +115,13 @@ class PluginGroup(click.Group):
         found: dict[str, dict[str, click.Command]] = {}
         for info, commands in ctx.ensure_object(Selection).plugins.collect("cli_commands"):
             for command in commands or ():
-                if isinstance(command, click.Command) and command.name:
+                if isinstance(command, click.Command) and command.name in _OWN:
+                    log.warning(
+                        "plugin %s offers the command '%s', which is migctl's own: left out",
+                        info.source,
+                        command.name,
+                    )
+                elif isinstance(command, click.Command) and command.name:
                     found.setdefault(command.name, {})[info.source] = command
                 else:
                     log.warning("plugin %s offers a command that is no click.Command", info.source)
@@ -103,6 +131,10 @@ class PluginGroup(click.Group):
 def _set_verbosity(ctx: click.Context, _: click.Parameter, value: int) -> int:
     logs.set_up(value)
     return value
+
+
+def _select_monitors(ctx: click.Context, _: click.Parameter, value: tuple[str, ...]) -> None:
+    ctx.ensure_object(Selection).monitors = value
 
 
 def _select_plugins(ctx: click.Context, _: click.Parameter, value: tuple[str, ...]) -> None:
@@ -135,6 +167,17 @@ def _select_plugins(ctx: click.Context, _: click.Parameter, value: tuple[str, ..
     callback=_select_plugins,
     metavar="no:NAME|SCHEME=DIST",
     help="Disable a plugin, or choose who provides a scheme that two claim. Repeatable.",
+)
+@click.option(
+    "-m",
+    "--monitor",
+    "monitors",
+    multiple=True,
+    expose_value=False,
+    callback=_select_monitors,
+    metavar="unix:PATH|HOST:PORT",
+    envvar="MIGCTL_MONITOR",
+    help="The monitor (QMP) of the machine that a command is about. Repeatable for watch.  [env: MIGCTL_MONITOR]",
 )
 @click.option("--plugins", "list_plugins", is_flag=True, help="List the plugins and exit.")
 @click.option("--json", "as_json", is_flag=True, help="With --plugins: as JSON.")

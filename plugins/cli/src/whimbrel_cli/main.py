@@ -1,12 +1,4 @@
-"""The entry point of migctl: runs a command line and turns whatever goes wrong into one line and an exit status.
-
-0    done
-1    the migration, the file or the plugin at fault is named on standard error, with what to do next
-2    the command line is wrong
-6    the outcome is unknown: the other side may run the machine, or not
-70   a defect: `-v` shows the traceback
-130  interrupted with Ctrl-C
-"""
+"""The entry point of migctl: runs a command line and turns whatever goes wrong into one line and an exit status."""
 
 from __future__ import annotations
 
@@ -14,14 +6,9 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from whimbrel.errors import BlockedError, MigrationError, OutcomeUnknown
+from whimbrel.errors import BlockedError, MigrationError
 from whimbrel_cli import logs
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_UNKNOWN = 6
-EXIT_DEFECT = 70
-EXIT_INTERRUPTED = 130
+from whimbrel_cli.exits import Exit, status_of
 
 
 def main() -> NoReturn:
@@ -38,12 +25,12 @@ def run(argv: Sequence[str]) -> int:
         return _interrupted()
     except MigrationError as error:
         _say(_migration_error(error))
-        return EXIT_UNKNOWN if isinstance(error, OutcomeUnknown) else EXIT_FAILED
+        return status_of(error)
     except OSError as error:
         if error.filename is None:
             return _defect(error)
         _say(f"{error.filename}: {error.strerror}. Check the path and your rights to it")
-        return EXIT_FAILED
+        return Exit.FAILED
     except Exception as error:
         return _defect(error)
 
@@ -59,7 +46,7 @@ def _run(argv: Sequence[str]) -> int:
         return _interrupted()
     except click.UsageError as error:
         error.show()
-        return EXIT_USAGE
+        return Exit.USAGE
     except click.ClickException as error:
         _say(error.format_message())
         return error.exit_code
@@ -82,12 +69,12 @@ def _defect(error: Exception) -> int:
         traceback.print_exception(error)
     advice = "please report it" if logs.is_verbose() else "run with -v for the traceback"
     _say(f"unexpected {type(error).__name__}: {error}; {advice}")
-    return EXIT_DEFECT
+    return Exit.DEFECT
 
 
 def _interrupted() -> int:
     _say("interrupted")
-    return EXIT_INTERRUPTED
+    return Exit.INTERRUPTED
 
 
 def _say(text: str) -> None:

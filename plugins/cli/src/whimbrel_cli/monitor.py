@@ -1,0 +1,157 @@
+"""The monitor of a machine: a real QEMU's, or that of an app that whimbrel migrates. Blocking; one thread uses it.
+
+qemu.qmp is imported at first use. It is asynchronous; each Monitor runs it in an event loop of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, Self, TypeVar
+
+from whimbrel.errors import ChannelError, LocalError
+from whimbrel_cli.logs import printable
+
+if TYPE_CHECKING:
+    from qemu.qmp.protocol import SocketAddrT
+
+T = TypeVar("T")
+
+PATIENCE = 10.0  # seconds for an answer
+_HOST_PORT = re.compile(r"(?P<host>\[[^\]]+\]|[^/:]*):(?P<port>\d+)")
+
+
+class Refused(LocalError):
+    """The monitor answered with an error: `error_class` is QMP's, `description` its text."""
+
+    def __init__(self, address: str, command: str, error_class: str, description: str) -> None:
+        super().__init__(f"{address} refuses {command}: {printable(description)}")
+        self.error_class = error_class
+        self.description = description
+
+
+class Gone(ChannelError):
+    """Nobody answers at the monitor (any more)."""
+
+
+def parse_address(text: str) -> SocketAddrT:
+    """PATH, unix:PATH, HOST:PORT or tcp:HOST:PORT."""
+    match = _HOST_PORT.fullmatch(text.removeprefix("tcp:"))
+    if match is None or text.startswith("unix:"):
+        return text.removeprefix("unix:")
+    return match["host"].strip("[]") or "localhost", int(match["port"])
+
+
+class Monitor:
+    """Connected from its making to close()."""
+
+    def __init__(self, address: str) -> None:
+        """Raises Gone when nobody answers there."""
+        from qemu.qmp import QMPClient, QMPError
+
+        self.address = address
+        self._loop = asyncio.new_event_loop()
+        self._client = QMPClient("migctl")
+        self._client.logger.disabled = True  # what goes wrong is ours to tell
+        self._commands: frozenset[str] | None = None
+        try:
+            self._run(self._client.connect(parse_address(address)))
+        except (QMPError, OSError, EOFError, TimeoutError) as error:
+            self._loop.close()
+            raise Gone(
+                f"nobody answers at the monitor {address}: {_reason(error)}",
+                hint="A QEMU started with -qmp unix:PATH,server=on,wait=off answers at unix:PATH, to one program"
+                " at a time",
+            ) from error
+        except BaseException:
+            self._loop.close()
+            raise
+
+    def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
+        return self._loop.run_until_complete(asyncio.wait_for(coroutine, PATIENCE))
+
+    def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
+        """What the command returns. Raises Refused, Gone."""
+        from qemu.qmp import ExecuteError, QMPError
+
+        try:
+            return self._run(self._client.execute(command, arguments))
+        except ExecuteError as error:
+            told = error.error.error
+            raise Refused(self.address, command, told.class_, told.desc) from error
+        except (QMPError, OSError, EOFError, TimeoutError) as error:
+            raise Gone(f"the monitor {self.address} is gone: {_reason(error)}") from error
+
+    def hand_over(self, name: str, fd: int) -> None:
+        """Give it a descriptor under a name (for fd:NAME); the caller keeps and closes its own. Raises Refused, Gone."""
+        from qemu.qmp import QMPError
+
+        try:
+            self._client.send_fd_scm(fd)
+        except (QMPError, OSError) as error:
+            raise Gone(
+                f"{self.address} cannot take a descriptor: {error}",
+                hint="Descriptors pass through UNIX sockets only: name the monitor as unix:PATH, on its own host",
+            ) from error
+        self.execute("getfd", {"fdname": name})
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Of QEMU, as the greeting says."""
+        greeting = self._client.greeting
+        number: Any = greeting.QMP.version["qemu"] if greeting is not None else {}
+        return int(number.get("major", 0)), int(number.get("minor", 0))
+
+    def has(self, command: str) -> bool:
+        if self._commands is None:
+            self._commands = frozenset(c["name"] for c in self.execute("query-commands"))
+        return command in self._commands
+
+    # ---- what several commands ask
+
+    def migration(self) -> dict[str, Any]:
+        """query-migrate; {} where there was none."""
+        answer: dict[str, Any] = self.execute("query-migrate")
+        return answer
+
+    def run_state(self) -> str:
+        return str(self.execute("query-status")["status"])
+
+    def capabilities(self) -> dict[str, bool]:
+        listed = self.execute("query-migrate-capabilities")
+        return {c["capability"]: bool(c["state"]) for c in listed}
+
+    def set_capabilities(self, changes: dict[str, bool]) -> None:
+        listed = [{"capability": name, "state": state} for name, state in changes.items()]
+        self.execute("migrate-set-capabilities", {"capabilities": listed})
+
+    def parameters(self) -> dict[str, Any]:
+        answer: dict[str, Any] = self.execute("query-migrate-parameters")
+        return answer
+
+    def close(self) -> None:
+        from qemu.qmp import QMPError
+
+        with contextlib.suppress(QMPError, OSError, EOFError, TimeoutError):
+            self._run(self._client.disconnect())
+        self._loop.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _reason(error: BaseException) -> str:
+    """The innermost: qemu.qmp wraps what went wrong."""
+    if isinstance(error, TimeoutError) and not str(error):
+        return f"no answer within {PATIENCE:.0f} s"
+    inner = error
+    while (cause := inner.__cause__) is not None:
+        inner = cause
+    if isinstance(inner, OSError) and inner.strerror:
+        return inner.strerror
+    return printable(str(inner)) or type(inner).__name__

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DISTS := core $(wildcard plugins/*)
 ARGS ?=
 
-.PHONY: demo test lint bench stress docs clean setup
+.PHONY: demo test lint bench stress fuzz docs clean setup
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(DISTS)) tools/setup
@@ -29,6 +29,9 @@ bench: setup  ## our speed beside QEMU's and beside a raw socket copy
 
 stress: setup  ## kill -9 of either side at 200 random moments, and a link cut in every phase
 	WHIMBREL_KILLS=$${WHIMBREL_KILLS:-200} $(BIN)/python -m pytest tests/promise $(ARGS)
+
+fuzz: setup  ## the parsers under a fuzzer, for FUZZ_SECONDS in all (ARGS="vmstate" chooses a target)
+	$(BIN)/python fuzz/run.py --seconds $${FUZZ_SECONDS:-600} $(ARGS)
 
 docs: setup  ## write the generated pages, and run the examples in the docs as tests
 	$(BIN)/python tools/reference.py

@@ -1,0 +1,67 @@
+"""Inputs to begin with: streams made by hand, right and wrong, and what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import targets
+
+import whimbrel_device as wd
+from whimbrel_testing.wrong import all_cases
+from whimbrel_testing.wrong.pieces import STATE_TEXT, TIMER_PAYLOAD, TIMER_TEXT, opaque, text
+
+#: Committed: one file for each bug that was found, and a name that tells which.
+REGRESSIONS = Path(__file__).parent / "regressions"
+LONGEST = 20_000
+
+
+def _stream() -> Iterator[bytes]:
+    yield from (case.data() for case in all_cases() if len(case.data()) <= LONGEST)
+
+
+def _vmdescription() -> Iterator[bytes]:
+    nested = {"name": "n", "type": "struct", "size": 1, "struct": {
+        "vmsd_name": "s", "version": 1, "fields": [{"name": "x", "type": "uint8", "size": 1}]}}  # fmt: skip
+    subsection = {"vmsd_name": "timer/sub", "version": 1, "fields": [nested]}
+    array = {"name": "a", "type": "uint32", "size": 4, "array_len": 3}
+    for devices in (
+        [],
+        [TIMER_TEXT],
+        [TIMER_TEXT, STATE_TEXT],
+        [opaque("opaque", 5)],
+        [TIMER_TEXT | {"subsections": [subsection]}],
+        [TIMER_TEXT | {"fields": [nested, array, array | {"index": 1}]}],
+    ):
+        yield text(*devices)
+        yield text(*devices) + b"\0" + TIMER_PAYLOAD
+        yield text(*devices) + b"\0" + TIMER_PAYLOAD + b"\5\x09timer/sub\0\0\0\1\0"
+
+
+def _vmstate() -> Iterator[bytes]:
+    everything = targets.Everything()
+    for version in (1, 3, 4):
+        yield bytes((version,)) + wd.encode(everything)[0]
+    everything.flag, everything.more = True, targets.More(flag=True, data=b"xyz")
+    everything.queue = [targets.Node(key=n) for n in range(3)]
+    everything.chain, everything.tree, everything.blob = [1, 2], {7: targets.Inner(a=1)}, b"abc"
+    yield b"\3" + wd.encode(everything)[0]
+
+
+SEEDS = {"stream": _stream, "vmdescription": _vmdescription, "vmstate": _vmstate}
+
+
+def seeds(target: str) -> Iterator[bytes]:
+    """Those made here, and the regressions."""
+    yield from SEEDS[target]()
+    folder = REGRESSIONS / target
+    if folder.is_dir():
+        yield from (path.read_bytes() for path in sorted(folder.iterdir()))
+
+
+def write(target: str, folder: Path) -> None:
+    """As files, named by what is in them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for data in seeds(target):
+        (folder / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)

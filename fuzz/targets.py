@@ -1,0 +1,121 @@
+"""What is fuzzed: functions of bytes. Each takes them, refuses them with a MigrationError, or has a bug.
+
+A further target is a function here, its name in TARGETS, and its seeds in seeds.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import attrs
+
+import whimbrel_device as wd
+from whimbrel.errors import MigrationError, StreamError
+from whimbrel_device import vmdesc
+from whimbrel_testing.wrong.mutate import keep_and_take_again, load_app
+
+#: Bytes of a payload that a description is laid over.
+MAX_PAYLOAD = 64 << 10
+
+
+def stream(data: bytes) -> None:
+    """Whole streams: into an app's machine, and through a keeper, whose file must come back as the same."""
+    for load in (load_app, keep_and_take_again):
+        with contextlib.suppress(MigrationError):
+            load(data)
+
+
+def vmdescription(data: bytes) -> None:
+    """The text behind a stream, and the walk through what it describes. The payload is behind a NUL, which no text has."""
+    text, _, payload = data.partition(b"\0")
+    try:
+        description = vmdesc.parse(text)
+    except StreamError:
+        return
+    for device in description.devices:
+        if device.size > MAX_PAYLOAD:
+            continue
+        whole = payload[: device.size].ljust(device.size, b"\0")
+        pieces = []
+        with contextlib.suppress(StreamError):
+            pieces.extend(vmdesc.walk(device, whole))
+            assert b"".join(piece.data for piece in pieces) == whole
+            assert device.payload_size(memoryview(whole + b"\5\5")) == device.size
+
+
+def vmstate(data: bytes) -> None:
+    """A device with a field of every kind. The first byte is the version; what loads is saved and loads as the same."""
+    if not data:
+        return
+    one, other = Everything(), Everything()
+    try:
+        wd.decode(one, data[1:], version=data[0])
+    except StreamError:
+        assert one == Everything(), "refused, and changed all the same"
+        return
+    except MigrationError:
+        return
+    payload, members = wd.encode(one)
+    wd.decode(other, payload)
+    again, members_again = wd.encode(other)
+    assert (again, members_again) == (payload, members)
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    "stream": stream,
+    "vmdescription": vmdescription,
+    "vmstate": vmstate,
+}
+
+# ---- a field of every kind
+
+
+@wd.vmstate("inner", version_id=2)
+class Inner:
+    a: int = wd.u8()
+    b: int = wd.u16(since=2)
+
+
+@wd.vmstate("node")
+class Node:
+    key: int = wd.u32()
+    inner: Inner = wd.struct(Inner)
+
+
+@wd.vmstate("more")
+class More:
+    flag: bool = wd.bool_()
+    data: bytes = wd.gbytearray()
+
+    def needed(self) -> bool:
+        return self.flag
+
+
+@wd.vmstate("everything", version_id=3, minimum_version_id=1)
+class Everything:
+    flag: bool = wd.bool_()
+    small: int = wd.i8()
+    big: int = wd.u64()
+    number: float = wd.float64()
+    double: float = wd.cpu_double()
+    when: int | None = wd.timer()
+    magic: int = wd.u8_equal(default=7)
+    at_most: int = wd.int32_le(default=100)
+    _hole: None = wd.unused(3)
+    text: bytes = wd.buffer(5)
+    bits: int = wd.bitmap(70)
+    blob: bytes = wd.gbytearray()
+    inner: Inner = wd.struct(Inner)
+    other: Inner = wd.vstruct(Inner, 1)
+    row: list[int] = wd.array(wd.u16, 3)
+    rows: list[Inner] = wd.array(Inner, 2)
+    queue: list[Node] = wd.qtailq(Node)
+    chain: list[int] = wd.qlist(wd.u32)
+    tree: dict[int, Inner] = wd.gtree(Inner)
+    nodes: list[Inner | None] = wd.pointers(
+        Inner, 3, default=attrs.Factory(lambda: [Inner(), None, Inner()])
+    )
+    late: int = wd.u32(since=3)
+    if_flag: int = wd.u32(exists=lambda self: self.flag)
+    more: More = wd.subsection(More)

@@ -22,11 +22,12 @@ from whimbrel.wire import items
 from whimbrel.wire.format import PING_OPEN, Command
 from whimbrel.wire.items import SectionHeader
 
-#: Our PINGs have these values.
-_FIRST, _LAST = 0x0001_0000, 0x0001_FFFF
-
-#: Seconds to wait for an answer. Who does not give one by then is not waited for again: not everybody answers.
-_PATIENCE = 1.0
+#: Our PINGs have this value, with 7 bits of their number in each of the two low bytes. None of its bytes can be taken for
+#: the end of the stream (00), or for what follows that: who passes a stream on holds such a byte back.
+_VALUE = 0x4D53_8080
+_MOST = 1 << 14
+#: Seconds to wait for an answer. Who does not give one by then is not waited for again.
+_PATIENCE = 60.0
 
 #: How the stream begins: both of it before the first PING.
 CONFIGURATION = "configuration"
@@ -35,7 +36,15 @@ RAM = "ram"
 
 def is_milestone(ping: int) -> bool:
     """Whether a PING of that value is one of ours, whose sender waits for the answer."""
-    return _FIRST <= ping <= _LAST
+    return ping & ~0x7F7F == _VALUE
+
+
+def _value(number: int) -> int:
+    return _VALUE | (number >> 7) << 8 | (number & 0x7F)
+
+
+def _number(value: int) -> int:
+    return (value >> 8 & 0x7F) << 7 | (value & 0x7F)
 
 
 @attrs.frozen(kw_only=True)
@@ -90,7 +99,7 @@ class Milestones(LiveSaveVMHandler):
 
     def _before_pages(self, out: OutStream) -> None:
         if self._first == RAM and not self._pieces:
-            self.mark(out, RAM, part="pages")
+            self.mark(out, RAM, part="pages", wait=False)
 
     def mark(
         self,
@@ -100,13 +109,14 @@ class Milestones(LiveSaveVMHandler):
         version_id: int | None = None,
         *,
         part: str | None = None,
+        wait: bool = True,
     ) -> None:
-        """Ask whether everything so far has been loaded, and wait for the answer unless pages are next. Nothing where
-        nobody answers.
+        """Ask whether everything so far has been loaded, and wait for the answer. That section, or part of it, comes
+        next. Nothing where nobody answers.
         """
         if self._wait is None:
             return
-        value = min(_FIRST + len(self._pieces), _LAST)
+        value = _value(min(len(self._pieces), _MOST - 1))
         out.write(items.encode_command(Command.PING, struct.pack(">I", value)))
         self._pieces.append(
             Piece(
@@ -117,7 +127,7 @@ class Milestones(LiveSaveVMHandler):
                 part=part,
             )
         )
-        if self.exact and part is None:
+        if wait and self.exact:
             self.exact = self._wait(value, _PATIENCE)
 
     def reached(self, pong: int | None) -> Piece | None:
@@ -130,8 +140,9 @@ class Milestones(LiveSaveVMHandler):
         if pong == PING_OPEN:
             part = "list of RAM blocks" if self._first == RAM else None
             return Piece(section=self._first, offset=self._setup_at, part=part)
-        n = pong - _FIRST
-        return self._pieces[n] if 0 <= n < len(self._pieces) else None
+        if not is_milestone(pong) or _number(pong) >= len(self._pieces):
+            return None
+        return self._pieces[_number(pong)]
 
     def offset_of(self, section: str, instance_id: int | None) -> int | None:
         """Where that section begins, if it has been written."""

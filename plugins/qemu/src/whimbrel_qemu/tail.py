@@ -12,6 +12,7 @@ looked through are disjoint but for a few bytes.
 from __future__ import annotations
 
 import contextlib
+import functools
 import struct
 import time
 from collections.abc import Callable
@@ -65,8 +66,12 @@ class Tail:
 
     sections: bytes
     vmdescription: bytes | None
-    description: vmdesc.Description | None
     footers: bool = True
+
+    @functools.cached_property
+    def description(self) -> vmdesc.Description | None:
+        """What the text says; it is read when somebody asks. Raises StreamError."""
+        return None if self.vmdescription is None else vmdesc.parse(self.vmdescription)
 
     def payloads(self) -> list[tuple[vmdesc.Device, memoryview]]:
         """Each device with the bytes of its payload, in the order of the stream."""
@@ -118,7 +123,7 @@ class _Walk:
         self.position += n
         return found
 
-    def device(self, device: vmdesc.Device) -> memoryview:
+    def device(self, device: vmdesc.Device | vmdesc.Extent) -> memoryview:
         """The payload of the next section, which must be this device's."""
         self.skip_commands()
         offset = self.position
@@ -227,10 +232,10 @@ class TailReader:
         return True
 
     def _accept(self, at: int, text: bytes) -> None:
-        description = vmdesc.parse(text)
+        devices = vmdesc.extents(text)
         with memoryview(self._data) as whole, whole[:at] as before:
             walk = _Walk(before, self._footers)
-            for device in description.devices:
+            for device in devices:
                 walk.device(device).release()
             walk.skip_commands()
             if walk.position != at:
@@ -243,7 +248,6 @@ class TailReader:
         self.tail = Tail(
             sections=bytes(kept),
             vmdescription=text,
-            description=description,
             footers=self._footers,
         )
 
@@ -255,9 +259,7 @@ class TailReader:
         behind_ping = data[end - len(_PING) - _U32.size :].startswith(_PING)
         if self._footers and data[end - _FOOTER] != ItemType.FOOTER and not behind_ping:
             return False
-        self.tail = Tail(
-            sections=bytes(data[:end]), vmdescription=None, description=None, footers=self._footers
-        )
+        self.tail = Tail(sections=bytes(data[:end]), vmdescription=None, footers=self._footers)
         return True
 
     @property
@@ -333,10 +335,9 @@ def find_tail(data: Buffer, *, footers: bool = True) -> Found | None:
         return None
     text = raw[text_at:]
     try:
-        description = vmdesc.parse(text)
+        devices = vmdesc.extents(text)
     except StreamError:
         return None
-    devices = description.devices
     if not devices or any(len(d.name.encode()) > _LONGEST_NAME for d in devices):
         return None
     name = items.counted(devices[0].name) + _U32.pack(devices[0].instance_id)
@@ -357,23 +358,27 @@ def find_tail(data: Buffer, *, footers: bool = True) -> Found | None:
     return None
 
 
-def _framed_size(device: vmdesc.Device, *, footers: bool) -> int:
+def _framed_size(device: vmdesc.Extent, *, footers: bool) -> int:
     """Bytes of the section: type, id, name, instance, version, payload, footer."""
     head = 1 + _U32.size + 1 + len(device.name.encode()) + 2 * _U32.size
     return head + device.size + footers * _FOOTER
 
 
 def write_sections(tail: Tail, out: OutStream, milestones: Milestones | None = None) -> None:
-    """The device sections as they came, with a question before each that can be told from the others."""
-    sections = tail.split() if milestones is not None else []
-    if not sections:
+    """The device sections as they came, with a question before each; before the first where they cannot be told apart."""
+    sections = tail.split()
+    if milestones is None or not tail.sections:
         out.write(tail.sections)
-        return
-    assert milestones is not None
-    for section in sections:
-        device = section.device
-        milestones.mark(out, device.name, device.instance_id, section.version_id)
-        out.write(section.data)
+    elif not sections:
+        reader = _Walk(memoryview(tail.sections))
+        header = items.read_section_header(reader, ItemType(reader.read(1)[0]))
+        milestones.mark(out, header.idstr, header.instance_id, part="first device, or behind it")
+        out.write(tail.sections)
+    else:
+        for section in sections:
+            device = section.device
+            milestones.mark(out, device.name, device.instance_id, section.version_id)
+            out.write(section.data)
 
 
 class ForeignTail(SaveVMHandler):
@@ -430,6 +435,8 @@ class ForeignTail(SaveVMHandler):
         except DeadlineExceeded as error:
             raise reader.no_end(f"nothing came for {PATIENCE:.0f} s") from error
         self.tail = reader.tail
+        assert self.tail is not None
+        _ = self.tail.description  # read here, where a mistake in it is one of the stream
         raise TailTaken
 
     def _look_for_ping(self, reader: TailReader, inp: InStream) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from whimbrel_testing.guest.counter import boot_sector
-from whimbrel_testing.peers import QemuFactory, QmpError, missing_peer, wait_until
+from whimbrel_testing.peers import QemuBinaries, QemuFactory, QmpError, missing_peer, wait_until
 from whimbrel_testing.qemu_guest import (
     FilledGuest,
     check_count,
@@ -67,6 +67,40 @@ def test_filled_ram_arrives_whole_from_qemu_to_qemu(qemu: QemuFactory, tmp_path:
     source.wait_migration("completed")
     target.wait_status("prelaunch", "paused")
     assert (tmp_path / "target").read_bytes() == (tmp_path / "source").read_bytes()
+
+
+@pytest.mark.parametrize("version", ["7.2", "10.0"])
+def test_a_test_chooses_the_version(qemu: QemuFactory, version: str) -> None:
+    assert qemu("-S", version=version).version == tuple(map(int, version.split(".")))
+
+
+@pytest.mark.parametrize(("arch", "machine"), [("aarch64", "virt"), ("ppc64", "pseries")])
+def test_a_test_chooses_the_architecture(qemu: QemuFactory, arch: str, machine: str) -> None:
+    assert qemu("-machine", machine, "-S", arch=arch).qmp("query-target")["arch"] == arch
+
+
+def test_a_version_that_is_not_there_is_a_skip_that_says_what_is(
+    qemu: QemuFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WHIMBREL_REQUIRE_PEERS", raising=False)
+    with pytest.raises(pytest.skip.Exception, match=r"x86_64 0\.15; there is \d+\.\d+"):
+        qemu("-S", version="0.15")
+    with pytest.raises(pytest.skip.Exception, match="no qemu-system-pdp11"):
+        qemu("-S", arch="pdp11")
+
+
+def test_versions_are_found_in_path_and_beside_it(
+    qemu_binary: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WHIMBREL_QEMU", raising=False)
+    (tmp_path / "qemu-system-x86_64").symlink_to(qemu_binary)
+    beside = QemuBinaries([tmp_path])
+    monkeypatch.setenv("PATH", "")
+    (path,) = beside.versions().values()
+    assert Path(path).parent == tmp_path
+    monkeypatch.setenv("PATH", str(Path(qemu_binary).parent))
+    (path,) = QemuBinaries([tmp_path]).versions().values()
+    assert path == qemu_binary  # the installed one comes first
 
 
 def test_a_qemu_that_does_not_start_says_why(qemu: QemuFactory) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
@@ -212,13 +213,55 @@ json_values = st.recursive(
 )
 
 
+def passes(device, payload):
+    """What it takes of the payload, or why it does not."""
+    try:
+        return device.payload_size(memoryview(payload))
+    except StreamError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [BAD[name] for name in BAD if name not in ("too long", "too long an array", "deep structs")],
+)
+def test_extents_of_what_is_no_description(text):
+    """Never anything but a StreamError; some are only found by who looks inside of fields."""
+    with contextlib.suppress(StreamError):
+        vmdesc.extents(text)
+
+
+def test_extents_are_those_of_the_description():
+    inner = struct(field(2), vmsd_name="d/sub/inner")
+    sub = struct(field(4), vmsd_name="d/sub", subsections=[inner])
+    text = top(device(field(3, array_len=2), subsections=[sub, struct(vmsd_name="d/b")]), device())
+    found, described = vmdesc.extents(text), vmdesc.parse(text).devices
+    assert [e.size for e in found] == [d.size for d in described]
+    first, second = described[0].vmsd.subsections
+    payload = bytes(6) + first.header + bytes(4) + first.subsections[0].header + bytes(2)
+    payload += second.header
+    assert passes(found[0], payload + b"more") == len(payload)
+    for i in range(len(payload)):
+        changed = payload[:i] + bytes((payload[i] ^ 1,)) + payload[i + 1 :]
+        assert passes(found[0], changed) == passes(described[0], changed)
+        assert passes(found[0], payload[:i]) == passes(described[0], payload[:i])
+
+
 @given(json_values, st.binary(max_size=40))
 def test_any_json_is_a_description_or_an_error(value, payload):
+    text = json.dumps(value).encode()
     try:
-        description = vmdesc.parse(json.dumps(value).encode())
+        description = vmdesc.parse(text)
     except StreamError:
+        with contextlib.suppress(StreamError):
+            vmdesc.extents(text)
         return
-    for found in description.devices:
+    extents = vmdesc.extents(text)
+    assert [(e.name, e.instance_id, e.size) for e in extents] == [
+        (d.name, d.instance_id, d.size) for d in description.devices
+    ]
+    for found, extent in zip(description.devices, extents, strict=True):
+        assert passes(extent, payload) == passes(found, payload)
         try:
             size = found.payload_size(memoryview(payload))
             pieces = list(vmdesc.walk(found, payload[:size]))

@@ -94,13 +94,29 @@ class Device:
         Raises StreamError when payload is shorter, or has no subsection where one is described.
         """
         if len(payload) < self.size:
-            raise _error(
-                "the section is shorter than described",
-                self.name,
-                expected=f"{self.size} bytes",
-                found=len(payload),
-            )
-        _check_subsections(self, self.vmsd, payload, 0)
+            raise _too_short(self.name, self.size, len(payload))
+        for offset, sub in _subsections(self.vmsd, 0):
+            _check_header(self.name, sub.name, sub.header, payload, offset)
+        return self.size
+
+
+@attrs.frozen
+class Extent:
+    """How long one FULL section is, and where in it subsections begin: all that is needed to pass it by."""
+
+    name: str
+    instance_id: int
+    #: Bytes of the payload.
+    size: int
+    #: (offset in the payload, name, header) of each subsection of the device itself.
+    headers: tuple[tuple[int, str, bytes], ...]
+
+    def payload_size(self, payload: memoryview) -> int:
+        """As Device.payload_size()."""
+        if len(payload) < self.size:
+            raise _too_short(self.name, self.size, len(payload))
+        for offset, sub, header in self.headers:
+            _check_header(self.name, sub, header, payload, offset)
         return self.size
 
 
@@ -304,7 +320,7 @@ def _walk_vmsd(
         runs[field.name] = first + n
     for sub in vmsd.subsections:
         header = sub.header
-        _check_header(device, sub, view, offset)
+        _check_header(device.name, sub.name, header, view, offset)
         data = view[offset : offset + len(header)]
         yield Item(prefix + sub.name, "subsection", offset, len(header), data)
         offset += len(header)
@@ -312,26 +328,78 @@ def _walk_vmsd(
         offset += sub.size
 
 
-def _check_subsections(device: Device, vmsd: Vmsd, view: memoryview, offset: int) -> None:
-    """The subsections of the device itself; those inside of structs are for walk()."""
+def _subsections(vmsd: Vmsd, offset: int) -> Iterator[tuple[int, Vmsd]]:
+    """(offset in the payload, subsection) of the device itself; those inside of structs are for walk()."""
     offset += sum(f.total for f in vmsd.fields)
     for sub in vmsd.subsections:
-        _check_header(device, sub, view, offset)
+        yield offset, sub
         offset += len(sub.header)
-        _check_subsections(device, sub, view, offset)
+        yield from _subsections(sub, offset)
         offset += sub.size
 
 
-def _check_header(device: Device, sub: Vmsd, view: memoryview, offset: int) -> None:
-    header = sub.header
+def _check_header(device: str, name: str, header: bytes, view: memoryview, offset: int) -> None:
     found = bytes(view[offset : offset + len(header)])
     if found != header:
         raise _error(
-            f"no subsection {sub.name} at byte {offset} of the payload",
-            device.name,
+            f"no subsection {name} at byte {offset} of the payload",
+            device,
             expected=header[:40].hex(" "),
             found=found[:40].hex(" "),
         )
+
+
+def _too_short(device: str, size: int, found: int) -> StreamError:
+    return _error(
+        "the section is shorter than described", device, expected=f"{size} bytes", found=found
+    )
+
+
+# ---- passing sections by
+
+
+#: What comes of taking any JSON for a vmdescription.
+_NONSENSE = (ValueError, LookupError, TypeError, AttributeError, struct.error)
+
+
+def extents(text: bytes) -> tuple[Extent, ...]:
+    """Of each device in the text, in the order of the stream. In a fifth of parse()'s time, since what is inside of fields
+    is not looked at: for whoever passes the sections by while a machine stands still.
+
+    Raises StreamError where it cannot tell; what parse() takes, it takes.
+    """
+    try:
+        top = json.loads(text.decode("ascii")) if text else {"devices": ()}
+        return tuple(map(_extent, top["devices"]))
+    except (*_NONSENSE, RecursionError) as error:
+        raise _error(f"the text is no vmdescription: {error!r}") from error
+
+
+def _extent(device: dict[str, Any]) -> Extent:
+    headers: list[tuple[int, str, bytes]] = []
+    size = _measure(device, 0, headers)
+    name, instance_id = device["name"], device["instance_id"]
+    if device.get("size", size) != size:
+        raise ValueError(f"the fields of {name!r} do not add up to its size")
+    name.encode()  # can it be on the wire?
+    if type(instance_id) is not int:
+        raise ValueError(f"'instance_id' is no number: {instance_id!r}")
+    return Extent(name, instance_id, size, tuple(headers))
+
+
+def _measure(vmsd: dict[str, Any], offset: int, headers: list[tuple[int, str, bytes]]) -> int:
+    """The offset in the payload behind a vmsd that begins at `offset`."""
+    for field in vmsd["fields"]:
+        size, count = field["size"], field.get("array_len", 1)
+        if type(size) is not int or type(count) is not int or size < 0 or count < 0:
+            raise ValueError(f"no size or array_len: {size!r}, {count!r}")
+        offset += size * count
+    for sub in vmsd.get("subsections", ()):
+        name = sub["vmsd_name"]
+        header = bytes((ItemType.SUBSECTION,)) + counted(name) + struct.pack(">I", sub["version"])
+        headers.append((offset, name, header))
+        offset = _measure(sub, offset + len(header), headers)
+    return offset
 
 
 # ---- finding it

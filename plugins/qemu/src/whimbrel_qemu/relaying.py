@@ -46,6 +46,7 @@ from whimbrel_qemu.answers import Answers
 from whimbrel_qemu.passing import PassingDevices, PassingRam, PassingRest
 from whimbrel_qemu.progress import Progress
 from whimbrel_qemu.receiving import BROKE_OFF, refuse_multifd
+from whimbrel_qemu.tail import Section
 
 #: Seconds in which a destination that hung up may still say why.
 _LAST_WORDS = 1.0
@@ -399,10 +400,16 @@ class Passage:
 
     def _relayed(self, acknowledged: bool) -> Relayed:
         status, now = self._driver.status, time.monotonic()
-        tail = None
+        devices: list[Section] = []
+        run_state = None
         if isinstance(self._taken, PassingDevices):
             tail = self._taken.tail
-            if tail is None or tail.description is None:
+            with contextlib.suppress(
+                StreamError
+            ):  # of the text, which the destination need not read
+                if tail is not None:
+                    devices, run_state = tail.split(), tail.run_state
+            if not devices:
                 self._unverified_from = self._taken.first
         sections = [
             PassedSection(
@@ -413,17 +420,16 @@ class Passage:
                 bytes=self._ram.bytes,
             )
         ]
-        if tail is not None:
-            sections += [
-                PassedSection(
-                    idstr=section.device.name,
-                    instance_id=section.device.instance_id,
-                    version_id=section.version_id,
-                    kind="device",
-                    bytes=len(section.payload),
-                )
-                for section in tail.split()
-            ]
+        sections += [
+            PassedSection(
+                idstr=section.device.name,
+                instance_id=section.device.instance_id,
+                version_id=section.version_id,
+                kind="device",
+                bytes=len(section.payload),
+            )
+            for section in devices
+        ]
         if self._unverified_from is not None:
             sections.append(
                 PassedSection(
@@ -439,7 +445,7 @@ class Passage:
             source=self._source.name,
             destination=self._destination.name,
             machine_type=configuration.machine_type if configuration is not None else None,
-            run_state=tail.run_state if tail is not None else None,
+            run_state=run_state,
             dialect=self._driver.dialect,
             blocks=tuple((b.idstr, b.size) for b in self._ram.blocks),
             normal=self._ram.normal,

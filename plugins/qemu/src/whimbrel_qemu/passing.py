@@ -27,6 +27,52 @@ _POLL = 0.2  # seconds between looks whether the destination has decided
 _END = re.compile(rb"\x00\x06....\{", re.DOTALL)
 _END_LENGTH = 7
 
+_PING = rb"\x08\x00\x02\x00\x04.{4}"
+#: A footer, and the header of the section behind it: its id.
+_NEXT = re.compile(rb"\x7e(?=.{4}(?:" + _PING + rb")?\x04(.{4}))", re.DOTALL)
+#: A footer of the id, and behind it what would be the EOF byte.
+_LAST = re.compile(rb"\x7e(?=(.{4})\x00)", re.DOTALL)
+_LOOK_BEHIND = 18  # bytes: less than the longest of these by one
+#: A footer and a question at the very end: the source waits for the answer.
+_ASKS = re.compile(rb"\x7e.{4}" + _PING + rb"\Z", re.DOTALL)
+_ASKS_LENGTH = 14
+#: More ids than any machine has devices.
+_MAX_IDS = 65536
+
+
+class _PossibleEnd:
+    """Where the EOF byte may be among device sections, before a vmdescription has told: behind the footer of one."""
+
+    def __init__(self, section_id: bytes, position: int) -> None:
+        """section_id: of the first section, as on the wire. position: of the next byte."""
+        self.first: int | None = None
+        self._ids = {section_id}
+        self._position = position
+        self._rest = b""
+
+    def feed(self, chunk: Buffer) -> None:
+        data = self._rest + bytes(chunk)
+        base = self._position - len(self._rest)
+        self._position += len(chunk)
+        self._rest = data[-_LOOK_BEHIND:]
+        if self.first is None:
+            self.first = self._look(data, base)
+        if self.first is not None and _ASKS.search(data[-_ASKS_LENGTH:]):
+            self.first = None  # the stream goes on: it was none
+
+    def _look(self, data: bytes, base: int) -> int | None:
+        for found in _NEXT.finditer(data):
+            if len(self._ids) < _MAX_IDS:
+                self._ids.add(found[1])
+        for found in _LAST.finditer(data):
+            if found[1] in self._ids or len(self._ids) == _MAX_IDS:
+                return base + found.start() + 1 + len(found[1])
+        return None
+
+    def before(self, settled: int) -> int:
+        """How many of the first `settled` bytes come before it."""
+        return settled if self.first is None else min(settled, self.first)
+
 
 class _Passing(SaveVMHandler):
     """Of a stream that is loaded nowhere: any version will do, and there is nothing to save."""
@@ -101,6 +147,7 @@ class PassingDevices(_Passing):
         first = items.encode_section_header(header)
         reader = TailReader(inp.position - len(first), footers=self._footers)
         reader.feed(first)
+        end = _PossibleEnd(first[1:5], len(first))
         self._forwarded = len(first)
         try:
             while reader.tail is None:
@@ -108,9 +155,11 @@ class PassingDevices(_Passing):
                 chunk = inp.buffered(1)
                 reader.feed(chunk)
                 self._held += chunk
+                if self._footers:
+                    end.feed(chunk)
                 inp.consume(len(chunk))
                 if reader.tail is None:
-                    self._pass_on(reader.settled)
+                    self._pass_on(end.before(reader.settled))
         except EndOfStream as error:
             if not reader.end_without_description():
                 raise reader.no_end("the stream ended") from error

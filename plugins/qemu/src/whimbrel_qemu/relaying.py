@@ -242,7 +242,11 @@ class Passage:
         if command is Command.OPEN_RETURN_PATH:
             self._open_way_back()
         elif command is Command.PING and self._answers is None:
-            raise StreamError("PING without a return path", offset=inp.position)
+            raise StreamError(
+                "PING without a return path",
+                offset=inp.position,
+                expected=f"{Command.OPEN_RETURN_PATH.name} before it",
+            )
         else:
             check_precopy(command, data, inp)
 

@@ -1,4 +1,4 @@
-"""Writes those pages of docs/reference that say what the code declares: URIs, settings and states.
+"""Writes those pages of docs/reference that say what the code declares: URIs, settings, states and wrong streams.
 
     python tools/reference.py [--check]      --check: write nothing, exit with 1 when a page is not current
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from whimbrel import Capability, Kernel, Parameter, PluginInfo, Plugins, Type
 from whimbrel.settings import KERNEL_SETTINGS, MIB, PROFILE_2013, SIZE_MAX, TODAY, Profile, Setting
 from whimbrel.state import diagram
+from whimbrel_testing.wrong import Case, Side, all_cases
 
 ROOT = Path(__file__).parents[1]
 NOTE = "<!-- written by tools/reference.py: do not edit -->\n"
@@ -169,6 +170,68 @@ def states_page() -> str:
     )
 
 
+# ---- wrong streams
+
+CLASSES = {
+    "header": "magic and version",
+    "configuration": "machine type, page bits, capabilities, uuid",
+    "item": "what begins no item, at each place where one may begin",
+    "section": "names, instances, versions, ids, parts of what was not started",
+    "footer": "missing, of another section, of no section",
+    "setup": "the list of RAM blocks: names, lengths, sums, counts",
+    "page": "records of pages: offsets, blocks, flags, lengths, runs over the end",
+    "ram": "RAM that does not come",
+    "device": "payloads that are shorter, longer, unknown or missing",
+    "state": "the run state",
+    "command": "unknown, of another length, without what must come before",
+    "end": "what follows the EOF byte, and vmdescriptions that do not fit",
+    "cut": "the stream ends: at each boundary and inside of each item",
+    "legal": "odd and right: to be taken by all",
+}
+
+
+def _takes(case: Case, side: Side) -> str:
+    return "takes it" if side in case.taken_by else "refuses"
+
+
+def wrong_streams_page() -> str:
+    cases = all_cases()
+    kinds = [(kind, sum(c.name.startswith(kind + "-") for c in cases)) for kind in CLASSES]
+    assert sum(n for _, n in kinds) == len(cases)
+    differ: dict[tuple[str, ...], list[str]] = {}
+    for case in cases:
+        if case.why:
+            key = (*(_takes(case, side) for side in Side), case.why)
+            differ.setdefault(key, []).append(case.name)
+    rows = [
+        (", ".join(map(code, names)), qemu_7, qemu_10, app, keep, why)
+        for (app, keep, qemu_7, qemu_10, why), names in differ.items()
+    ]
+    return "\n".join(
+        [
+            "# Wrong streams\n",
+            NOTE,
+            (
+                f"`whimbrel_testing.wrong` has {len(cases)} streams, each wrong in one place, of the machine"
+                " `qemu-system-x86_64 -M none -m 1`. The tests give them to an app's machine with the same parts (app), to"
+                " `migctl receive` (receive), to `migctl relay`, and to QEMU 7.2 and 10.0 with `-incoming`. Whoever refuses one"
+                " says the section, the byte offset, what was expected and what was found; nobody waits for more, and no"
+                " length that a stream claims is allocated.\n"
+            ),
+            table(
+                ("class", "streams", "what is wrong"),
+                [(code(k), str(n), CLASSES[k]) for k, n in kinds],
+            ),
+            "## Where whimbrel and QEMU differ\n",
+            (
+                "All else is taken by all or refused by all. A machine of whimbrel's is stricter where something is missing;"
+                " `migctl receive` keeps what it has no machine to compare with, and asks for a stream that is whole.\n"
+            ),
+            table(("streams", "QEMU 7.2", "QEMU 10.0", "app", "receive", "why"), rows),
+        ]
+    )
+
+
 def main() -> int:
     plugins = Plugins.load()
     broken = [i for i in plugins.infos() if own(i) and i.state in ("broken", "conflict")]
@@ -177,6 +240,7 @@ def main() -> int:
         "uris.md": uris_page(plugins),
         "settings.md": settings_page(plugins),
         "states.md": states_page(),
+        "wrong-streams.md": wrong_streams_page(),
     }
     stale = []
     for name, text in pages.items():

@@ -54,7 +54,7 @@ KINDS: dict[tuple[str, str], Kind] = {
         for version in VERSIONS
         for machine in ("microvm", "isapc", "pc-i440fx-2.4")
     },
-    # From the third pass over RAM on, and also from QEMU to QEMU and into a file: max_bandwidth=20e6 shows it always.
+    # With several passes over RAM, and also from QEMU to QEMU and into a file: max_bandwidth=20_000_000 shows it always.
     ("7.2", "isapc"): Kind(machine="isapc", named="isapc", stopped=True),
     ("7.2", "pc-i440fx-2.2"): Kind(machine="pc-i440fx-2.2", named=None, return_path=False),
     ("7.2", "pc-i440fx-1.7 form"): Kind(machine="pc-i440fx-1.7", named=None),

@@ -12,7 +12,7 @@ from whimbrel.machine import Machine, RunState
 from whimbrel.savevm import Budget, LoadDriver, Mode, SaveDriver, SaveVMHandler
 from whimbrel.state import Outcome, RunParams
 from whimbrel.stream import InStream, OutStream
-from whimbrel.wire import items
+from whimbrel.wire import dialects, items
 from whimbrel.wire.format import Command, Dialect, ItemType
 from whimbrel.wire.items import Configuration, SectionHeader
 from whimbrel_qemu.milestones import Milestones
@@ -80,11 +80,11 @@ class Guest:
         """
         known = self.configuration
         bits = known.target_page_bits if known is not None else None
+        unsaid = dialects.unsaid_page_bits(self.machine_type)
         machine = Machine(
             self.machine_type or "unknown",
-            target_page_bits=12 if bits is None else bits,
-            # Said again if it was said: what is meant where it is not, depends on the architecture.
-            legacy_page_bits=12 if bits is None else 0,
+            target_page_bits=unsaid if bits is None else bits,
+            legacy_page_bits=unsaid if bits is None else 0,  # said again if it was said
             uuid=known.uuid if known is not None else None,
             run_state=RunState.PAUSED,
         )

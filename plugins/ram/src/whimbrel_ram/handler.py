@@ -11,6 +11,7 @@ import numpy as np
 from whimbrel.errors import LocalError, MachineError, StreamError
 from whimbrel.savevm import Budget, LiveSaveVMHandler, Mode, Pending
 from whimbrel.state import Outcome
+from whimbrel.wire import dialects
 from whimbrel_ram.block import RAMBlock
 from whimbrel_ram.codec import EOS_RECORD, Decoder, Event, PageFlag, Target, as_words
 from whimbrel_ram.memory import untouched
@@ -277,13 +278,14 @@ class RamHandler(LiveSaveVMHandler):
         self._loading = True
 
     def adopt_page_size(self, ctx: LoadContext) -> None:
-        """Take the page size of the stream's configuration, in load_setup() of a destination that has none of its own.
+        """Take the page size of the stream's configuration, said or not, in load_setup() of a destination that has none of its own.
 
         Raises StreamError for a size that no machine has.
         """
-        bits = ctx.configuration.target_page_bits if ctx.configuration is not None else None
+        said = ctx.configuration
+        bits = said.target_page_bits if said is not None else None
         if bits is None:
-            return
+            bits = dialects.unsaid_page_bits(said.machine_type if said is not None else None)
         if not 10 <= bits <= 24:
             raise StreamError(
                 "bad page size", section="configuration", expected="10 to 24 bits", found=bits

@@ -1,5 +1,7 @@
 """Which form of the stream belongs to which machine type."""
 
+import itertools
+
 import attrs
 import pytest
 
@@ -13,7 +15,7 @@ def test_newer_machine_types_only_add():
     names = ("configuration", "footers", "vmdescription", "described_configuration")
     names += ("switchover_start", "multifd_flush")
     versions = [dialects.by_name(name) for name in dialects.NAMES]
-    for older, newer in zip(versions, versions[1:], strict=False):
+    for older, newer in itertools.pairwise(versions):
         assert older != newer
         assert all(getattr(newer, n) >= getattr(older, n) for n in names)
 

@@ -23,7 +23,7 @@ from whimbrel.stream import InStream, OutStream
 from whimbrel.wire import items
 from whimbrel.wire.format import Command
 from whimbrel.wire.items import SectionHeader
-from whimbrel_qemu import Refused, load, receive, relay, send, write_guest
+from whimbrel_qemu import Refused, Verdict, compare, load, receive, relay, send, write_guest
 from whimbrel_qemu.milestones import Milestones, is_milestone
 from whimbrel_ram import RAMBlock
 from whimbrel_testing.peers import QemuFactory
@@ -141,6 +141,8 @@ def test_section_of_devices_behind_one_that_nobody_can_read(
     source.wait_migration("completed")
     guest = load(kept)
     assert guest.rest is not None
+    (unknown,) = compare(guest, guest).differences
+    assert (unknown.verdict, unknown.section) == (Verdict.DOUBTFUL, "ram")
     for options, section in ((rng, None), ((), "virtio-rng")):
         uri = f"unix:{tmp_path}/{len(options)}"
         target = qemu(*args, *options, arch="ppc64", incoming=uri)
@@ -235,6 +237,8 @@ def test_sections_that_nothing_describes_are_asked_for_once(
     source = qemu(*args, "-device", "virtio-rng-pci")
     source.migrate(f"exec:cat >{kept}", max_bandwidth=0)
     source.wait_migration("completed")
+    (unknown,) = compare(load(kept), load(kept)).differences
+    assert (unknown.verdict, unknown.section) == (Verdict.DOUBTFUL, "(devices)")
     qemu(*args, incoming=f"unix:{tmp_path}/in")
     with pytest.raises(Refused, match="first device, or behind it") as caught:
         send(kept, f"unix:{tmp_path}/in")

@@ -260,6 +260,33 @@ def offset_of(file: Path, case: Case) -> int:
     return at + COMMAND + PING * (n + 3)  # the first, behind the list of blocks, before each device
 
 
+def test_name_without_a_version_is_another_machine_in_each_version(
+    qemu: QemuFactory, keep: Callable[..., Path], tmp_path: Path
+) -> None:
+    args = ("-machine", "pc", "-m", "16M", "-S")
+    file = keep("7.2", args)
+    target = qemu(*args, version="10.0", incoming=f"unix:{tmp_path}/in")
+    error = refusal(file, f"unix:{tmp_path}/in", log_file=log_of(target))
+    assert (error.section, error.field) == ("configuration", "machine type")
+    assert "pc-i440fx-7.2, the destination's is pc-i440fx-10.0" in error.what
+    assert "-machine pc-i440fx-7.2" in str(error.hint)
+
+
+def test_guest_of_the_newest_machine_gets_the_stream_of_that(
+    qemu: QemuFactory, keep: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Its command SWITCHOVER_START, which a file does not keep."""
+    command = b"\x08\x00\x0b\x00\x00"
+    args = ("-machine", "pc-i440fx-10.0", "-m", "16M", "-S")
+    file, sent = keep("10.0", args), tmp_path / "sent"
+    assert file.read_bytes().count(command) == 1
+    send(file, f"exec:cat >{sent}")
+    assert sent.read_bytes().count(command) == 1
+    target = qemu(*args, version="10.0", incoming=f"unix:{tmp_path}/in")
+    assert send(sent, f"unix:{tmp_path}/in").acknowledged
+    target.wait_migration("completed")
+
+
 # ---- what no option of these two versions brings about, done to the file
 
 

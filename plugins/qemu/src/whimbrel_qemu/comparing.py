@@ -88,13 +88,21 @@ class Comparison:
 
 def compare(guest: Guest, other: Guest) -> Comparison:
     """What stands against sending the guest to a machine like the other one."""
-    found = [
-        *_configurations(guest.configuration, other.configuration),
-        *_blocks(_sizes(guest), _sizes(other)),
-        *_sections(_by_key(guest), _by_key(other)),
-    ]
+    found = [*_configurations(guest.configuration, other.configuration)]
+    if guest.rest is None and other.rest is None:
+        found += _blocks(_sizes(guest), _sizes(other))
+    else:
+        found.append(_unknown(RAM, "it was kept as it came, so that its blocks are not known"))
+    if guest.sections is None or other.sections is None:
+        found.append(_unknown("(devices)", "nothing describes the device sections of one of them"))
+    else:
+        found += _sections(_by_key(guest), _by_key(other))
     order = list(Verdict)
     return Comparison(tuple(sorted(found, key=lambda d: order.index(d.verdict))))
+
+
+def _unknown(section: str, why: str) -> Difference:
+    return Difference(verdict=Verdict.DOUBTFUL, section=section, what=f"cannot be compared: {why}")
 
 
 # ---- configuration
@@ -197,8 +205,6 @@ def _by_key(guest: Guest) -> dict[_Key, Section]:
 
 
 def _sections(guest: dict[_Key, Section], other: dict[_Key, Section]) -> Iterator[Difference]:
-    if not guest or not other:
-        return  # one that nothing describes
     for key in guest | other:
         section, instance_id = key
         if key not in other:

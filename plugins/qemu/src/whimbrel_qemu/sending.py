@@ -28,6 +28,7 @@ from whimbrel.kernel import Kernel
 from whimbrel.outgoing import Outgoing
 from whimbrel.plugins import Plugins
 from whimbrel.stream import InStream
+from whimbrel.way_back import check_precopy
 from whimbrel.wire import dialects
 from whimbrel.wire.format import Dialect, GlobalStateForm
 from whimbrel_qemu.comparing import Comparison, compare
@@ -84,6 +85,7 @@ def load(
         progress.begin("reading", lambda: inp.position, os.fstat(fd).st_size)
         return read_guest(
             inp,
+            on_command=check_precopy,
             dialect=dialect,
             take_rest=lambda head, _, footers: FileRest(fd, items_at=len(head), footers=footers),
         )
@@ -118,7 +120,7 @@ def sample(uri: str, *, plugins: Plugins | None = None) -> Guest:
     kernel = Kernel(plugins=plugins)
     context = kernel.context(Role.DESTINATION)
     with kernel.route(uri).listen(context) as listener, listener.accept() as channel:
-        return read_guest(InStream(channel))
+        return read_guest(InStream(channel), on_command=check_precopy)
 
 
 class Incompatible(LocalError):

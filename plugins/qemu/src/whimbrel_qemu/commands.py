@@ -8,7 +8,7 @@ import logging
 import signal
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,10 +96,12 @@ def _render(progress: Progress) -> RenderableType:
 
 
 @contextlib.contextmanager
-def shown(progress: Progress) -> Iterator[None]:
-    """A line on standard error that tells how far it is, where that is a terminal."""
+def shown(progress: Progress) -> Iterator[Callable[[], None]]:
+    """A line on standard error that tells how far it is, where that is a terminal. What it gives takes the line away, for
+    a question to somebody.
+    """
     if not sys.stderr.isatty():
-        yield
+        yield lambda: None
         return
     import time
 
@@ -119,8 +121,8 @@ def shown(progress: Progress) -> Iterator[None]:
         console=Console(stderr=True),
         refresh_per_second=_PER_SECOND,
         transient=True,
-    ):
-        yield
+    ) as live:
+        yield live.stop
 
 
 @contextlib.contextmanager

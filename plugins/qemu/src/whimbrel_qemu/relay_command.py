@@ -21,7 +21,9 @@ def _ask(as_json: bool) -> bool | None:
     """Does the destination run the machine? Without a terminal, wait for Ctrl-C; the source waits as long."""
     with contextlib.suppress(KeyboardInterrupt, click.Abort):
         if sys.stdin.isatty() and not as_json:
-            return bool(click.confirm("Does the destination run the machine?", err=True))
+            return bool(
+                click.confirm("Does the destination run the machine?", default=None, err=True)
+            )
         signal.pause()
     return None
 
@@ -53,6 +55,7 @@ def relay(
     from whimbrel_qemu.relaying import relay as run
 
     progress = Progress()
+    decided = False
 
     def listening(addresses: tuple[str, ...]) -> None:
         if as_json:
@@ -61,14 +64,16 @@ def relay(
             click.echo(f"listening at {' '.join(addresses) or source}", err=True)
 
     def unknown(error: OutcomeUnknown) -> bool | None:
-        progress.begin("the outcome is unknown, and the source waits")
+        nonlocal decided
+        decided = True
+        take_away()
         if as_json:
             commands.event("unknown", error=str(error))
         else:
             click.echo(f"migctl: {error}", err=True)
         return _ask(as_json)
 
-    with commands.terminated_as_interrupted(), commands.shown(progress):
+    with commands.terminated_as_interrupted(), commands.shown(progress) as take_away:
         done = run(
             source,
             destination,
@@ -80,7 +85,7 @@ def relay(
     if as_json:
         _tell_json(done, report)
     else:
-        _tell(done, report)
+        _tell(done, report, decided)
 
 
 def _tell_json(done: Relayed, report: bool) -> None:
@@ -113,13 +118,13 @@ def _tell_json(done: Relayed, report: bool) -> None:
     )
 
 
-def _tell(done: Relayed, report: bool) -> None:
+def _tell(done: Relayed, report: bool, decided: bool) -> None:
     human = commands.human
     if report:
         _show(done)
     told = (
         "the destination has taken over"
-        if done.acknowledged
+        if done.acknowledged or decided
         else "the source did not ask the destination whether it has taken over"
     )
     click.echo(

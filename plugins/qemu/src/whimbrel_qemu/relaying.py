@@ -53,6 +53,7 @@ _LAST_WORDS = 1.0
 #: Seconds for the orderly end of the way out.
 _FINISH = 30.0
 _POLL = 0.2  # seconds between looks at a Ctrl-C
+_RUNS_ON = "The source runs on"
 _OWN_LOG = "Its own log says why; the source runs on"
 _LOOK = (
     "The source waits for a word: look whether the destination runs the machine. Without a word from here the source"
@@ -126,7 +127,7 @@ def relay(
     on_listening is told the real addresses, as URIs, once a source can connect.
 
     Raises LocalError, UriError, ChannelError, StreamError, PeerError (the destination refused): the source runs on;
-    OutcomeUnknown after on_unknown() was asked. KeyboardInterrupt leaves the machine with the source; it is held back
+    OutcomeUnknown if on_unknown() does not know either. KeyboardInterrupt leaves the machine with the source; it is held back
     while the destination decides, and a second one raises OutcomeUnknown.
     """
     progress = progress if progress is not None else Progress()
@@ -207,8 +208,8 @@ class Passage:
                     raise
                 raise reason from error
         except OutcomeUnknown as unknown:
-            self._ask(unknown, on_unknown)
-            raise
+            self._resolve(unknown, on_unknown)
+            acknowledged = False
         except BaseException:
             self._give_up()
             raise
@@ -389,13 +390,20 @@ class Passage:
             linger(self._source)
         self._destination.abort()
 
-    def _ask(self, unknown: OutcomeUnknown, on_unknown: OnUnknown) -> None:
-        """The source waits until somebody knows."""
+    def _resolve(self, unknown: OutcomeUnknown, on_unknown: OnUnknown) -> None:
+        """The source waits until somebody knows. Returns if the destination has the machine; raises otherwise."""
         if self._answers is None or self._answers.told:
-            return
+            raise unknown
         taken_over = on_unknown(unknown)
-        if taken_over is not None:
-            self._answers.tell(0 if taken_over else 1)
+        if taken_over is None:
+            raise unknown
+        self._answers.tell(0 if taken_over else 1)
+        if not self._answers.told:
+            raise unknown
+        if not taken_over:
+            raise PeerError(
+                "the destination has not taken over, as was decided here", hint=_RUNS_ON
+            )
 
     def _close_answers(self) -> None:
         if self._answers is not None:

@@ -34,6 +34,9 @@ MADE = {
     "devices-behind-what-nobody-reads": lambda n: (
         LIVE + DEVICE * n + b"x" + EOF + description(*[NOTHING] * n)
     ),
+    "devices-that-came-before": lambda n: (
+        LIVE + DEVICE * n + b"x" + EOF + description(TIMER_TEXT, *[NOTHING] * n)
+    ),
     "ends": lambda n: DEVICES + TIMER + b"\0\6\0\0\0\x40{" * n,
     "small-descriptions": lambda n: DEVICES + TIMER + (EOF + described(b"{}")) * n,
     "good-descriptions": lambda n: DEVICES + TIMER + b"x" + (EOF + description(TIMER_TEXT)) * n,

@@ -9,10 +9,10 @@ import sys
 import pytest
 
 from whimbrel_testing.wrong import all_cases
-from whimbrel_testing.wrong.loaders import App, ClosedSource
+from whimbrel_testing.wrong.loaders import App, ClosedSource, keep
 from whimbrel_testing.wrong.mutate import Mutator, keep_and_take_again, outcome
 
-from .conftest import CORPUS
+from .conftest import CORPUS, capture
 
 pytestmark = pytest.mark.timeout(300)
 
@@ -86,6 +86,15 @@ def test_a_length_that_is_believed_runs_out_of_memory(tmp_path):
 @pytest.mark.parametrize("name", CORPUS)
 def test_what_real_peers_send_is_kept_and_comes_back(corpus, name):
     keep_and_take_again(corpus[name].read_bytes())
+
+
+@pytest.mark.interop
+def test_a_device_that_comes_before_ram_is_kept(binaries, tmp_path):
+    """virtio-mem: its first section must be there when RAM comes, and is described like those behind RAM."""
+    sent, kept = tmp_path / "sent", tmp_path / "kept"
+    memory = "-object memory-backend-ram,id=m,size=128M -device virtio-mem-pci,memdev=m"
+    capture(binaries["10.0"], sent, *f"-M pc -m 32M,maxmem=256M {memory}".split())
+    assert keep(ClosedSource(sent.read_bytes()), kept, max_ram=256 << 20) == sent.read_bytes()
 
 
 @pytest.mark.interop

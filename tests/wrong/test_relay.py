@@ -67,7 +67,7 @@ def test_each(name):
 
 
 #: Where a relay takes what a keeper refuses: it keeps nothing, and passes on as it comes what it cannot read.
-PASSES = {"section-live-unknown-behind-pages", "setup-total-of-1-tib", "legal-device-before-ram"}
+PASSES = {"section-live-unknown-behind-pages", "setup-total-of-1-tib"}
 #: The destination of these tests gives no answers.
 NO_WAY_BACK = {"legal-open-twice"}
 

@@ -121,7 +121,7 @@ class _Foreign:
         assert self.driver is not None
         self.section = header.idstr
         live = header.type is ItemType.SECTION_START
-        if live or self._ram.start is None:
+        if live or not self._ram.went_on:  # or a device that comes early, such as virtio-mem
             if self._take_rest is None or self._ram.pages_came:  # they are not in what is kept
                 raise self._refusal(header, inp, live=live)
             start = self._ram.encode_start(footers=self._footers)

@@ -93,7 +93,9 @@ class PassingRam(RamChecker):
         self._on_start = on_start
         self._on_end = on_end
         self.bytes = 0
-        self.started = False
+        #: More than its START has come: device sections from here on are those behind RAM.
+        self.went_on = False
+        self._started = False
 
     def load(self, inp: InStream, header: SectionHeader) -> None:
         begin = inp.position
@@ -101,8 +103,9 @@ class PassingRam(RamChecker):
             self._on_end()
         super().load(inp, header)
         self.bytes += inp.position - begin
-        if header.type is ItemType.SECTION_START:
-            self.started = True
+        self.went_on = self._started or header.type is ItemType.SECTION_FULL
+        if header.type in (ItemType.SECTION_START, ItemType.SECTION_FULL):
+            self._started = True
             self._on_start()
 
 

@@ -26,6 +26,8 @@ class AdoptingRam(RamHandler):
         self._on_start = on_start
         #: The header of its START (or of a FULL, which QEMU would take as well), when that has come.
         self.start: SectionHeader | None = None
+        #: More than that has come: device sections from here on are those behind RAM.
+        self.went_on = False
 
     def load_setup(self, ctx: LoadContext) -> None:
         self.adopt_page_size(ctx)
@@ -33,6 +35,7 @@ class AdoptingRam(RamHandler):
 
     def load(self, inp: InStream, header: SectionHeader) -> None:
         super().load(inp, header)
+        self.went_on = self.start is not None or header.type is ItemType.SECTION_FULL
         if header.type in (ItemType.SECTION_START, ItemType.SECTION_FULL):
             self.start = header
             self._on_start()

@@ -278,7 +278,7 @@ class Passage:
 
     def _unknown_section(self, header: SectionHeader, inp: InStream) -> SaveVMHandler:
         dialect = self._driver.dialect
-        if header.type is ItemType.SECTION_START or not self._ram.started:
+        if header.type is ItemType.SECTION_START or not self._ram.went_on:
             self._unverified_from = header.idstr
             self._taken = PassingRest(
                 self._maybe_committed, described=dialect.configuration, over=self._over

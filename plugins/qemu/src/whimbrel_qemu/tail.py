@@ -15,7 +15,7 @@ import contextlib
 import functools
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -44,6 +44,8 @@ _FOOTER = 5
 _LONGEST_NAME = 255
 #: How often the device sections are gone through from another start: a hostile stream has many that look like one.
 _MAX_WALKS = 8
+#: Devices that may have come before RAM (virtio-mem has one each).
+_MAX_EARLY = 16
 _PING = bytes((ItemType.COMMAND,)) + struct.pack(">HH", Command.PING, 4)
 
 
@@ -67,6 +69,8 @@ class Tail:
     sections: bytes
     vmdescription: bytes | None
     footers: bool = True
+    #: So many of the sections that are described came before RAM, and are not among these.
+    early: int = 0
 
     @functools.cached_property
     def description(self) -> vmdesc.Description | None:
@@ -83,7 +87,7 @@ class Tail:
             return []
         whole = memoryview(self.sections)
         walk, found = _Walk(whole, self.footers), []
-        for device in self.description.devices:
+        for device in self.description.devices[self.early :]:
             start = walk.position
             payload = walk.device(device)
             found.append(
@@ -159,8 +163,11 @@ class _Walk:
 class TailReader:
     """Takes bytes as they arrive, the header of the first FULL section in front, until `tail` is there. Sans-I/O."""
 
-    def __init__(self, base: int = 0, *, footers: bool = True) -> None:
-        """base: the offset in the stream of the first byte, for messages. footers: each section ends with one."""
+    def __init__(self, base: int = 0, *, footers: bool = True, early: int = 0) -> None:
+        """base: the offset in the stream of the first byte, for messages. footers: each section ends with one. early: so
+        many of the sections that will be described came before.
+        """
+        self._early = early
         self._footers = footers
         self.tail: Tail | None = None
         #: Bytes that came behind the vmdescription.
@@ -232,7 +239,7 @@ class TailReader:
         return True
 
     def _accept(self, at: int, text: bytes) -> None:
-        devices = vmdesc.extents(text)
+        devices = vmdesc.extents(text)[self._early :]
         with memoryview(self._data) as whole, whole[:at] as before:
             walk = _Walk(before, self._footers)
             for device in devices:
@@ -249,6 +256,7 @@ class TailReader:
             sections=bytes(kept),
             vmdescription=text,
             footers=self._footers,
+            early=self._early,
         )
 
     def end_without_description(self) -> bool:
@@ -338,8 +346,19 @@ def find_tail(data: Buffer, *, footers: bool = True) -> Found | None:
         devices = vmdesc.extents(text)
     except StreamError:
         return None
-    if not devices or any(len(d.name.encode()) > _LONGEST_NAME for d in devices):
+    if any(len(d.name.encode()) > _LONGEST_NAME for d in devices):
         return None
+    for early in range(min(len(devices), _MAX_EARLY + 1)):
+        found = _find_start(raw, devices[early:], at, early=early, footers=footers)
+        if found is not None:
+            return found
+    return None
+
+
+def _find_start(
+    raw: bytes, devices: Sequence[vmdesc.Extent], at: int, *, early: int, footers: bool
+) -> Found | None:
+    """The device sections that end at the EOF byte, which is at `at`."""
     name = items.counted(devices[0].name) + _U32.pack(devices[0].instance_id)
     length = sum(_framed_size(d, footers=footers) for d in devices)
     walks = 0
@@ -351,7 +370,7 @@ def find_tail(data: Buffer, *, footers: bool = True) -> Found | None:
         if raw[start] != ItemType.SECTION_FULL or not raw.startswith(name, behind):
             continue
         walks += 1
-        reader = TailReader(start, footers=footers)
+        reader = TailReader(start, footers=footers, early=early)
         reader.feed(raw[start:])
         if reader.tail is not None and reader.eof == at - start:
             return Found(tail=reader.tail, start=start, eof=at)

@@ -319,8 +319,7 @@ def _legal() -> Iterator[Case]:
                 description=description(STATE_TEXT, TIMER_TEXT)))  # fmt: skip
     yield legal("device-twice", stream(timer=[TIMER, TIMER],
                 description=description(TIMER_TEXT, TIMER_TEXT, STATE_TEXT)))  # fmt: skip
-    yield legal("device-before-ram", stream(configuration=[configuration(), TIMER], timer=b""),
-                keep=_NO_FIT, why=f"{UNREAD}; there is no end to be found of one that begins with a device")  # fmt: skip
+    yield legal("device-before-ram", stream(configuration=[configuration(), TIMER], timer=b""))
     yield legal("continue-across-parts", stream(part=[PART, part(zero(9) + page(10) + EOS)]))
     yield legal("eos-with-address", stream(part=part(PAGES + u64(7 * PAGE | EOS_FLAG))))
     yield legal("eos-with-continue", stream(part=part(PAGES + u64(EOS_FLAG | CONTINUE))))

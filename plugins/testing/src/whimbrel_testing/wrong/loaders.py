@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import attrs
 
@@ -117,11 +117,11 @@ def _folder() -> Iterator[Path]:
         yield Path(name)
 
 
-def keep(channel: Channel, path: Path, **options: Any) -> bytes:
+def keep(channel: Channel, path: Path, *, max_ram: int = MAX_RAM) -> bytes:
     """As `migctl receive`; the file that was kept. Raises MigrationError."""
     from whimbrel_qemu.receiving import receive_from
 
-    receive_from(channel, path, max_ram=MAX_RAM, **options)
+    receive_from(channel, path, max_ram=max_ram)
     return path.read_bytes()
 
 

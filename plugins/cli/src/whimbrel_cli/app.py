@@ -37,6 +37,7 @@ _OWN = {
     "caps": "settings:caps",
     "cont": "control:cont",
     "incoming": "incoming:incoming",
+    "migrate": "migrate:migrate",
     "params": "settings:params",
     "resolve": "control:resolve",
     "set": "settings:set_",

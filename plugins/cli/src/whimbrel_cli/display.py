@@ -1,0 +1,204 @@
+"""A migration as it goes on, for eyes and for programs: a live display on a terminal, lines elsewhere, or JSON."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+import attrs
+
+from whimbrel_cli import remote, units
+from whimbrel_cli.logs import printable
+
+if TYPE_CHECKING:
+    from rich.console import Console, RenderableType
+    from rich.live import Live
+
+    from whimbrel_cli.progress import Reading
+
+_BETWEEN = 1.0  # seconds between two lines of JSON in one state
+
+
+class Display(Protocol):
+    """Used by one thread."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(self, *_: object) -> None: ...
+    def show(self, reading: Reading) -> None: ...
+
+    def note(self, text: str) -> None:
+        """Something that stays."""
+
+    def hide(self) -> None:
+        """Make room for a question; show() brings it back."""
+
+
+def choose(title: str, *, as_json: bool) -> Display:
+    if as_json:
+        return _Json()
+    return _Live(title) if sys.stderr.isatty() else _Lines()
+
+
+class _Json:
+    """One object a line on standard output."""
+
+    def __init__(self) -> None:
+        self._last: tuple[str, float] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def show(self, reading: Reading) -> None:
+        if self._last is not None:
+            status, elapsed = self._last
+            if status == reading.status and reading.elapsed - elapsed < _BETWEEN:
+                return
+        self._last = reading.status, reading.elapsed
+        members = attrs.asdict(reading)
+        members["pass"] = members.pop("number")
+        told = {
+            name.replace("_", "-"): round(value, 4) if isinstance(value, float) else value
+            for name, value in members.items()
+        }
+        remote.tell_json({"event": "progress", **told})
+
+    def note(self, text: str) -> None:
+        remote.tell_json({"event": "note", "text": text})
+
+    def hide(self) -> None:
+        pass
+
+
+class _Lines:
+    """A line for each new state, on standard error: for logs."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def show(self, reading: Reading) -> None:
+        if reading.status != self._last:
+            self._last = reading.status
+            print(f"migctl: {reading.status}", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        print(f"migctl: {printable(text)}", file=sys.stderr, flush=True)
+
+    def hide(self) -> None:
+        pass
+
+
+class _Live:
+    """Redrawn in place on standard error."""
+
+    def __init__(self, title: str) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._title = title
+        self._console: Console = Console(stderr=True, highlight=False)
+        self._reading: Reading | None = None
+        self._live: Live = Live(
+            get_renderable=self._render, console=self._console, auto_refresh=False, transient=True
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.hide()
+
+    def _render(self) -> RenderableType:
+        return "" if self._reading is None else render(self._title, self._reading)
+
+    def show(self, reading: Reading) -> None:
+        self._reading = reading
+        self._live.start()
+        self._live.refresh()
+
+    def note(self, text: str) -> None:
+        self._console.print(printable(text), markup=False, soft_wrap=True)
+
+    def hide(self) -> None:
+        self._live.stop()
+
+
+def render(title: str, reading: Reading) -> RenderableType:
+    """Four lines: where to, the bar, what flows, what to expect."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    head = Table.grid(expand=True, padding=(0, 1, 0, 0))
+    head.add_column(ratio=1, overflow="ellipsis", no_wrap=True)
+    head.add_column(justify="right", no_wrap=True)
+    state = f"{reading.status}, pass {reading.number}" if reading.number else reading.status
+    head.add_row(
+        Text(printable(title), style="bold"), Text(f"{state}, {units.time(reading.elapsed)}")
+    )
+    lines: list[RenderableType] = [head]
+    if reading.total:
+        lines += [_bar(reading), Text(_flow(reading)), Text(expectation(reading))]
+    if reading.excess is not None:
+        lines.append(Text(divergence(reading.excess), style="bold red"))
+    return Group(*lines)
+
+
+def _bar(reading: Reading) -> RenderableType:
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    line = Table.grid(expand=True, padding=(0, 1, 0, 0))
+    line.add_column(ratio=1)
+    line.add_column(justify="right", no_wrap=True)
+    line.add_row(
+        ProgressBar(total=1.0, completed=reading.fraction),
+        Text(
+            f"{int(reading.fraction * 100):3} %  {units.size(reading.remaining)} left of {units.size(reading.total)}"
+        ),
+    )
+    return line
+
+
+def _flow(reading: Reading) -> str:
+    rate = "..." if reading.throughput is None else f"{units.size(reading.throughput)}/s"
+    text = f"sent {units.size(reading.sent)} at {rate}"
+    if reading.dirty_rate is not None:
+        text += f", memory gets dirty at {units.size(reading.dirty_rate)}/s"
+    return text if reading.throttle is None else f"{text}, CPUs throttled by {reading.throttle} %"
+
+
+def expectation(reading: Reading) -> str:
+    """When it will be over, and how long the machine will stand still."""
+    down = reading.expected_downtime
+    text = f"expected downtime {'...' if down is None else units.time(down)}"
+    if reading.eta is None or reading.eta_range is None:
+        return f"{text}, no end in sight" if reading.number > 1 else f"{text}, end not known yet"
+    low, high = reading.eta_range
+    return f"{text}, {units.time(reading.eta)} to go ({units.time(low)} to {units.time(high)})"
+
+
+def divergence(excess: float) -> str:
+    return f"not converging: memory is written {excess:.1f} times as fast as it is sent"
+
+
+def summary(migration: dict[str, Any]) -> str:
+    """What a completed migration cost."""
+    ram = migration.get("ram", {})
+    parts = [f"completed in {units.time(migration.get('total-time', 0) / 1000)}"]
+    if (downtime := migration.get("downtime")) is not None:
+        parts.append(f"downtime {units.time(downtime / 1000)}")
+    if ram:
+        parts.append(
+            f"{units.size(ram.get('transferred', 0))} sent in {ram.get('dirty-sync-count', 0)} passes"
+        )
+    return ", ".join(parts)

@@ -1,0 +1,43 @@
+"""Who speaks a URI: the machine itself, or a transport plugin here that hands it a channel."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from whimbrel.errors import UriError
+from whimbrel_cli.monitor import parse_address
+
+if TYPE_CHECKING:
+    from whimbrel_cli.monitor import Monitor
+
+#: What every QEMU of today speaks.
+_QEMU = frozenset({"tcp", "unix", "vsock", "fd", "exec", "rdma"})
+_FILE_SINCE = (8, 2)
+
+
+def is_tcp(address: str) -> bool:
+    return isinstance(parse_address(address), tuple)
+
+
+def same(one: str, other: str) -> bool:
+    """Do two addresses name one socket?"""
+    a, b = parse_address(one), parse_address(other)
+    if isinstance(a, str) and isinstance(b, str):
+        return os.path.realpath(a) == os.path.realpath(b)
+    return a == b
+
+
+def spoken_by(monitor: Monitor, uri: str) -> bool:
+    """Does the machine open that URI itself? Raises UriError where there is no scheme."""
+    scheme, colon, _ = uri.partition(":")
+    if not colon or not scheme:
+        raise UriError(
+            f"'{uri}' is not a migration URI: no scheme",
+            hint="Write for instance tcp:HOST:PORT or unix:PATH",
+        )
+    if monitor.has("x-whimbrel-plugins"):
+        return True  # an app of whimbrel knows its own plugins, and says what is missing
+    if scheme == "file":
+        return monitor.version >= _FILE_SINCE
+    return scheme in _QEMU

@@ -509,3 +509,40 @@ def test_running_guest_goes_on_in_another_version_and_was_foreseen_to(
 def test_sample_may_come_over_any_transport(keep: Callable[..., Path]) -> None:
     file = keep("10.0", MACHINE)
     assert compare(sample(f"exec:cat {file}"), load(file)).differences == ()
+
+
+#: Machines that QEMU itself does not keep compatible: what it says of the guest's CPU.
+FOREIGN_CPUS = {
+    ("aarch64", "10.0", "7.2"): (
+        ("-machine", "virt-7.2", "-cpu", "cortex-a57", "-m", "64M", "-S"),
+        "cpreg_vmstate_array_len",
+        "at most",
+    ),
+    ("ppc64", "10.0", "7.2"): (
+        ("-machine", "pseries-7.2", "-m", "256M", "-S"),
+        "cpu/slb",
+        "too new",
+    ),
+}
+
+
+@pytest.mark.parametrize("where", FOREIGN_CPUS, ids="-".join)
+def test_cpu_of_another_architecture_that_became_another(
+    qemu: QemuFactory, tmp_path: Path, where: tuple[str, str, str]
+) -> None:
+    arch, here, there = where
+    args, field, what = FOREIGN_CPUS[where]
+    files = []
+    for version in (here, there):
+        files.append(tmp_path / version)
+        source = qemu(*args, version=version, arch=arch)
+        source.migrate(f"exec:cat >{files[-1]}", max_bandwidth=0)
+        source.wait_migration("completed")
+    (foreseen,) = compare(*map(load, files)).refused
+    assert (foreseen.section, foreseen.field) == ("cpu", field)
+    target = qemu(*args, version=there, arch=arch, incoming=f"unix:{tmp_path}/in")
+    error = refusal(files[0], f"unix:{tmp_path}/in", log_file=log_of(target))
+    assert (error.section, error.instance_id, error.field) == ("cpu", 0, field)
+    assert what in error.what
+    assert error.reached is not None
+    assert error.reached.section == "cpu"

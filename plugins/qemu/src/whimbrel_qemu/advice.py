@@ -26,7 +26,12 @@ _BOARD = {
     "vmcoreinfo": "-device vmcoreinfo",
     "sb16": "-device sb16",
 }
-_CPU = ("cpu", "cpu_common", "apic")
+CPU = ("cpu", "cpu_common", "apic")
+#: For a CPU that both sides have.
+SAME_CPU = (
+    "The destination's QEMU keeps the state of this CPU in another way: use the same -cpu as the source, or a QEMU nearer"
+    " to the source's version; --against a file of that QEMU shows the fields"
+)
 
 
 def place(name: str) -> str | None:
@@ -46,7 +51,7 @@ def place(name: str) -> str | None:
 
 def have(section: str, instance_id: int) -> str:
     """How a destination gets a section that it does not have."""
-    if section in _CPU:
+    if section in CPU:
         return f"Give the destination as many CPUs as the guest has: -smp {instance_id + 1} or more"
     if section in _BOARD:
         return f"Start the destination with {_BOARD[section]}, as the source was"

@@ -31,6 +31,8 @@ _EQUAL, _AT_MOST = " equal", "int32 le"
 #: What every guest has in its own way.
 _OF_THE_GUEST = frozenset({"globalstate"})
 _MIB = 1 << 20
+_NEWER = "Send to a QEMU at least as new as the source"
+_OLDER = "Send to a QEMU that still knows this version"
 
 
 class Verdict(enum.Enum):
@@ -39,7 +41,7 @@ class Verdict(enum.Enum):
     REFUSED = "refused"
     #: The destination keeps what it has, and nobody is told.
     SILENT = "silent"
-    #: Refused, unless it is due to what one of the two guests has been doing.
+    #: Refused, unless it is due to what one of the two guests has been doing; or an older version, which may be taken.
     DOUBTFUL = "doubtful"
     #: Known to be taken.
     HARMLESS = "harmless"
@@ -232,13 +234,13 @@ def _section(guest: Section, other: Section) -> Iterator[Difference]:
     if guest.version_id != other.version_id:
         newer = guest.version_id > other.version_id
         yield Difference(
-            verdict=Verdict.REFUSED if newer else Verdict.HARMLESS,
+            verdict=Verdict.REFUSED if newer else Verdict.DOUBTFUL,
             section="",
             field="version_id",
             what=f"version {guest.version_id} in the guest, {other.version_id} there",
             guest=str(guest.version_id),
             there=str(other.version_id),
-            hint="Send to a QEMU at least as new as the source" if newer else None,
+            hint=_NEWER if newer else _OLDER,
         )
     if guest.device.name in _OF_THE_GUEST:
         return
@@ -364,15 +366,15 @@ def _subsections(guest: Mapping[str, int], other: Mapping[str, int]) -> Iterator
                 what="a subsection that the other does not send: it may not know it",
                 hint="Is the destination's QEMU at least as new, and are the properties of the device the same?",
             )
-        elif here > there:
+        elif here != there:
             yield Difference(
-                verdict=Verdict.REFUSED,
+                verdict=Verdict.REFUSED if here > there else Verdict.DOUBTFUL,
                 section="",
                 field=name,
                 what=f"version {here} of the subsection in the guest, {there} there",
                 guest=str(here),
                 there=str(there),
-                hint="Send to a QEMU at least as new as the source",
+                hint=_NEWER if here > there else _OLDER,
             )
 
 

@@ -139,9 +139,9 @@ def _blocks(guest: Guest) -> str:
 
 def _refined(reason: Reason, guest: Guest) -> Reason:
     """With what the guest's own section knows of it."""
-    if reason.section in ("cpu", "cpu_common", "apic") and guest.tail is not None:
+    if reason.section in advice.CPU and guest.tail is not None:
         n = sum(s.device.name == reason.section for s in guest.tail.split())
-        if reason.instance_id and n > reason.instance_id:
+        if reason.hint == advice.have(reason.section, reason.instance_id or 0):
             reason = attrs.evolve(reason, hint=advice.have(reason.section, n - 1))
     section = _section(guest, reason)
     if section is None:

@@ -294,6 +294,8 @@ def explain(said: str) -> Reason | None:
         reason = attrs.evolve(reason, section=at[2], instance_id=int(at[1], 16))
     if path and reason.field is None:
         reason = attrs.evolve(reason, field=path)
+    if reason.section in advice.CPU and reason.hint in (_SAME, _LAYOUT):
+        reason = attrs.evolve(reason, hint=advice.SAME_CPU)
     return reason
 
 

@@ -64,7 +64,7 @@ def test_states_in_order_and_setup_before_the_thread(world):
     seen = []
 
     def note(n):
-        seen.append((n.what, n.new))
+        seen.append((n.what, n.pass_number if n.what is What.PASS else n.new))
         if n.what is What.SETUP:
             assert not any(t.name == "whimbrel-migration" for t in threading.enumerate())
 
@@ -74,8 +74,11 @@ def test_states_in_order_and_setup_before_the_thread(world):
     assert seen == [
         (What.STATE, Status.SETUP),
         (What.SETUP, None),
+        (What.PASS, 1),
         (What.STATE, Status.ACTIVE),
+        (What.STOP, None),
         (What.STATE, Status.DEVICE),
+        (What.PASS, 2),
         (What.STATE, Status.COMPLETED),
         (What.CLEANUP, None),
     ]

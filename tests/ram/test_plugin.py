@@ -91,6 +91,9 @@ def test_a_migration_through_the_kernel(tracker):
     assert info["ram"]["remaining"] == 0
     assert info["ram"]["total"] == SIZE + 8192
     assert info["ram"]["normal"] == 256 + 1
+    assert info["ram"]["skipped"] == 0
+    assert info["ram"]["mbps"] == both.source.state.figures.mbps > 0
+    assert info["ram"]["dirty-sync-count"] == both.source.state.figures.passes == 2
 
 
 def test_a_tracker_that_cannot_watch_refuses_before_anything_is_sent():

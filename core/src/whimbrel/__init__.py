@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 #: module: the public names in it
 _WHERE = {
     "kernel": "Kernel get_current",
+    "handle": "Monitor",
     "machine": "Machine RunState",
     "channel": "Channel Filter FilterSpec Listener Role Transport TransportContext TransportSpec",
     "savevm": "Budget LiveSaveVMHandler LoadContext Mode Pending Priority SaveVMHandler",
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
         StreamError as StreamError,
         UriError as UriError,
     )
+    from whimbrel.handle import Monitor as Monitor
     from whimbrel.hookspecs import API as API, hookimpl as hookimpl
     from whimbrel.kernel import Kernel as Kernel, get_current as get_current
     from whimbrel.machine import Machine as Machine, RunState as RunState

@@ -195,6 +195,8 @@ class Listener(abc.ABC):
 
     #: The real addresses, as URIs that connect() takes: a port 0 has become the port that was given.
     addresses: tuple[str, ...] = ()
+    #: The same in the form of QMP's SocketAddress ({'type': 'inet', 'host': ..., 'port': '4444'}), of what are sockets.
+    socket_addresses: tuple[dict[str, Any], ...] = ()
 
     @abc.abstractmethod
     def accept(self, deadline: float | None = None) -> Channel:

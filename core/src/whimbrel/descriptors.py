@@ -64,6 +64,15 @@ def socket_uri(sock: socket.socket) -> str:
     return f"unix:{where}" if isinstance(where, str) and where else ""
 
 
+def socket_address(sock: socket.socket) -> dict[str, Any] | None:
+    """The same in the form of QMP's SocketAddress; None for other kinds of sockets."""
+    where = sock.getsockname()
+    if sock.family in (socket.AF_INET, socket.AF_INET6):
+        family = "ipv4" if sock.family == socket.AF_INET else "ipv6"
+        return {"type": "inet", "host": where[0], "port": str(where[1]), family: True}
+    return {"type": "unix", "path": where} if isinstance(where, str) and where else None
+
+
 class DescriptorChannel(Channel):
     """A channel over a socket, or over a descriptor to read and/or one to write. It owns what it is given.
 
@@ -283,6 +292,7 @@ class SocketListener(Listener):
         cancel_fd: int | None = None,
     ) -> None:
         self.addresses = tuple(addresses)
+        self.socket_addresses = tuple(a for a in map(socket_address, socks) if a is not None)
         self._socks = {sock.fileno(): sock for sock in socks}
         for sock in socks:
             sock.setblocking(False)  # a client may be gone again between poll and accept

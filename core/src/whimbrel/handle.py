@@ -1,4 +1,6 @@
-"""What migrate() and incoming() return: a run that goes on by itself, to wait for, await or cancel."""
+"""What migrate() and incoming() return: a run that goes on by itself, to wait for, await or cancel. And what monitor()
+returns.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 
@@ -106,6 +108,17 @@ class Handle(abc.ABC):
     def __del__(self) -> None:
         with contextlib.suppress(OSError, AttributeError):
             os.close(self._cancel_fd)
+
+
+class Monitor(Protocol):
+    """What Kernel.monitor() returns: a monitor that listens, made by a plugin."""
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """Where clients can connect to, with the real port."""
+
+    def close(self) -> None:
+        """End it and its connections, from any thread, once or more often; closed when this returns."""
 
 
 def as_migration_error(error: BaseException, doing: str) -> BaseException:

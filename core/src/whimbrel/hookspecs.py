@@ -27,6 +27,7 @@ import pluggy
 
 if TYPE_CHECKING:
     from whimbrel.channel import FilterSpec, TransportSpec
+    from whimbrel.handle import Monitor
     from whimbrel.kernel import Kernel
     from whimbrel.machine import Machine
     from whimbrel.notifiers import Notification
@@ -90,6 +91,13 @@ def unknown_section(kernel: Kernel, header: SectionHeader, inp: InStream) -> Sav
 def wrap_migration(kernel: Kernel, run: Callable[[], Any]) -> Any:
     """Around the whole of an outgoing or incoming run, on its thread: for tracing. Implement it with
     @hookimpl(wrapper=True): code before `yield`, the run, code behind; return what yield gives.
+    """
+
+
+@hookspec
+def monitors(kernel: Kernel, address: str) -> Callable[[], Monitor] | None:
+    """Who serves a monitor of the kernel at address: a function that opens it, or None for an address that is not the
+    plugin's. Called by Kernel.monitor(); two answers are an error, and then nothing is opened.
     """
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from whimbrel.channel import Channel, Listener, Role
 from whimbrel.errors import (
@@ -44,12 +44,13 @@ _unconfirmed: list[Channel | None] = []
 class Incoming(Run):
     """A migration that is waited for, or under way. Made by Kernel.incoming()."""
 
-    def __init__(self, kernel: Kernel, handlers: list[SaveVMHandler], *, autostart: bool) -> None:
+    def __init__(self, kernel: Kernel, handlers: list[SaveVMHandler]) -> None:
         super().__init__(kernel, handlers)
-        self.autostart = autostart
         self._machine.received_run_state = None
         #: Where the source can connect to, as URIs with the real port.
         self.addresses: tuple[str, ...] = ()
+        #: The same as QMP's SocketAddress, where it listens on sockets.
+        self.socket_addresses: tuple[dict[str, Any], ...] = ()
         self._listener: Listener | None = None
         self._way_back: WayBack | None = None
 
@@ -57,6 +58,7 @@ class Incoming(Run):
         """Open the address; run() does the rest."""
         self._listener = route.listen(self.kernel.context(Role.DESTINATION, self._cancel_fd))
         self.addresses = self._listener.addresses
+        self.socket_addresses = self._listener.socket_addresses
 
     def _too_late(self) -> NoReturn:
         raise StateError(
@@ -73,7 +75,7 @@ class Incoming(Run):
         except BaseException as raised:
             error = as_migration_error(raised, "the incoming migration")
             log.debug("incoming migration failed", exc_info=raised)
-            if self._cancelled.is_set() and not self._committed:
+            if self._was_cancelled():
                 error = Cancelled("the incoming migration was cancelled")
         outcome = Outcome.COMPLETED
         if error is not None:
@@ -149,18 +151,18 @@ class Incoming(Run):
                 f"the fence refused generation {generation}: the machine runs elsewhere",
             )
         machine.generation = generation
-        machine.invoke("activate")
+        machine.activate()
         sent = machine.received_run_state
-        runs = sent is None or sent == RunState.RUNNING
-        if runs and self.autostart:
-            self.kernel.plugins.notify("announce_self", kernel=self.kernel, machine=machine)
-            with contextlib.suppress(MachineError):
-                machine.invoke("announce")
-            machine.vm_start()
-        elif runs:
-            machine.run_state = RunState.PAUSED
-        else:
-            machine.run_state = next((s for s in RunState if s == sent), RunState.PAUSED)
+        with machine.turn:
+            if sent is not None and sent != RunState.RUNNING:
+                machine.run_state = next((s for s in RunState if s == sent), RunState.PAUSED)
+            elif self.kernel.autostart:
+                self.kernel.plugins.notify("announce_self", kernel=self.kernel, machine=machine)
+                with contextlib.suppress(MachineError):
+                    machine.invoke("announce")
+                machine.vm_start()
+            else:
+                machine.run_state = RunState.PAUSED
 
     def _release(self) -> None:
         super()._release()

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from whimbrel.blockers import Blockers
 from whimbrel.channel import Role, TransportContext
-from whimbrel.errors import BlockedError, MigrationError, PluginError, StateError
+from whimbrel.errors import BlockedError, LocalError, MigrationError, PluginError, StateError
 from whimbrel.incoming import Incoming
 from whimbrel.machine import Machine, RunState
 from whimbrel.notifiers import Notification, Notifiers, What
 from whimbrel.outgoing import Outgoing
 from whimbrel.plugins import Plugins
+from whimbrel.query import migration_info
 from whimbrel.route import Route
 from whimbrel.run import Run
 from whimbrel.savevm import SaveVMHandler
@@ -24,6 +26,7 @@ from whimbrel.state import MigrationState, Outcome, RunParams, Status
 from whimbrel.wire import dialects
 
 if TYPE_CHECKING:
+    from whimbrel.handle import Monitor
     from whimbrel.wire.format import Dialect
 
 log = logging.getLogger("whimbrel.kernel")
@@ -71,8 +74,11 @@ class Kernel:
         self.named_fds: dict[str, int] = {}
         self._lock = threading.RLock()
         self._run: Run | None = None  # until its clean-up has ended
-        self._handlers: list[SaveVMHandler] = []
+        self._last_run: Run | None = None
         self._unresolved: Outgoing | None = None
+        #: The machine starts here after a migration of a running one; incoming(), stop() and cont() decide.
+        self.autostart = True
+        self.machine.observe(self._machine_changed)
 
     @classmethod
     def default(cls) -> Kernel:
@@ -112,25 +118,21 @@ class Kernel:
 
     def _check_may_migrate(self, uri: str) -> list[SaveVMHandler]:
         """The refusals, in their order."""
+        run_state = self.machine.run_state
+        if run_state is RunState.INMIGRATE:
+            raise StateError("the machine is waiting for an incoming migration")
         if self.state.is_running:
             raise StateError(
                 "there is a migration process in progress", hint="Wait for its end or cancel it"
             )
         if self._run is not None:
             raise StateError("the previous migration is still being cleaned up", hint="Wait for it")
-        run_state = self.machine.run_state
-        if run_state is RunState.INMIGRATE:
-            raise StateError("the machine is waiting for an incoming migration")
         if run_state is RunState.POSTMIGRATE:
             raise StateError(
                 "the machine is paused due to previous migration: a second copy of it would come into being",
-                hint="Start it here first if the copy does not run",
+                hint="Let it run here first, with cont(), if the copy does not run",
             )
-        if self._unresolved is not None:
-            raise StateError(
-                "it is unknown whether the previous migration's destination runs the machine",
-                hint="Settle that first with resolve()",
-            )
+        self._check_resolved()
         handlers = self.collect_handlers()
         fixed = [f"{h.idstr}: {h.unmigratable}" for h in handlers if h.unmigratable is not None]
         if fixed:
@@ -145,6 +147,13 @@ class Kernel:
         if reasons:
             raise BlockedError(reasons)
         return handlers
+
+    def _check_resolved(self) -> None:
+        if self._unresolved is not None:
+            raise StateError(
+                "it is unknown whether the previous migration's destination runs the machine",
+                hint="Settle that first with resolve()",
+            )
 
     def collect_handlers(self) -> list[SaveVMHandler]:
         """The machine's own section handlers, then those that plugins contribute for its parts.
@@ -166,20 +175,27 @@ class Kernel:
 
     # ---- incoming
 
-    def incoming(self, uri: str, *, autostart: bool = True) -> Incoming:
+    def incoming(self, uri: str, *, autostart: bool | None = None) -> Incoming:
         """Listen at uri for a migration; returns once connections are possible (see Incoming.addresses).
 
-        autostart=False: leave the machine paused after a migration of a running one.
+        autostart=False: leave the machine paused after a migration of a running one. None: as cont() or stop() said
+        while it was waiting, else start it.
 
         Raises StateError, UriError, PluginError, ChannelError. A failed load is the handle's to tell; another
         incoming() may follow.
         """
         with self._lock:
+            if isinstance(self._run, Incoming):
+                raise StateError(
+                    "the incoming migration has already been started", hint="Wait for its end"
+                )
             self.defer_incoming()
+            if autostart is not None:
+                self.autostart = autostart
             handlers = self.collect_handlers()
 
             def listening() -> Incoming:
-                run = Incoming(self, handlers, autostart=autostart)
+                run = Incoming(self, handlers)
                 run.listen(self.route(uri))
                 return run
 
@@ -190,7 +206,9 @@ class Kernel:
         with self._lock:
             if self.state.is_running or self._run is not None:
                 raise StateError("there is a migration process in progress")
-            self.machine.run_state = RunState.INMIGRATE
+            if self.machine.run_state is not RunState.INMIGRATE:
+                self.autostart = True
+                self.machine.run_state = RunState.INMIGRATE
 
     # ---- both
 
@@ -200,7 +218,7 @@ class Kernel:
         """From setup to a running thread. What make() raises leaves `failed`, and is told and raised."""
         previous = self.state.status
         self.state.reset(params)
-        self._handlers = handlers
+        self._last_run = None
         self.state.transition(previous, Status.SETUP)
         self.notify(What.SETUP)
         try:
@@ -211,7 +229,7 @@ class Kernel:
             self.state.leave(Status.FAILED)
             self.notify(What.ERROR)
             raise
-        self._run = run
+        self._run = self._last_run = run
         run._thread = threading.Thread(target=run.run, name=f"whimbrel-{name}", daemon=True)
         run._thread.start()
         return run
@@ -228,6 +246,70 @@ class Kernel:
         run = self._run
         if run is not None:
             run.cancel()
+
+    def migrate_continue(self, state: str) -> None:
+        """Go on from pre-switchover, where a migration waits with the capability pause-before-switchover.
+
+        Raises StateError unless `state` is the status of the migration.
+        """
+        status = self.state.status
+        if status != state:
+            raise StateError(f"Migration not in expected state: {status}")
+        run = self._run
+        if status is Status.PRE_SWITCHOVER and isinstance(run, Outgoing):
+            run.go_on()
+
+    def stop(self) -> None:
+        """Stop the machine, if it runs. While it stands still for a switchover: it is not to run afterwards, on either
+        side. While it waits for a migration: it is not to start after it.
+
+        Raises MachineError, and StateError while somebody else is stopping or starting it.
+        """
+        machine = self.machine
+        with self._turn():
+            run = self._run
+            if machine.run_state is RunState.INMIGRATE:
+                self.autostart = False
+            elif machine.run_state is RunState.FINISH_MIGRATE and isinstance(run, Outgoing):
+                run.stay_stopped()
+            elif machine.is_running:
+                machine.vm_stop()
+
+    def cont(self) -> None:
+        """Let the machine run, if it does not. While it waits for a migration: it is to start after it.
+
+        After a migration (postmigrate) this takes the machine back: only after making sure that the copy does not run.
+        A fence, where the machine has one, is asked; otherwise, as with resolve(), the caller answers for it.
+
+        Raises MachineError; StateError during a switchover, while it is unknown whether the destination runs the
+        machine, after a shutdown, and while somebody else is stopping or starting it.
+        """
+        machine = self.machine
+        with self._turn():
+            if machine.run_state is RunState.INMIGRATE:
+                self.autostart = True
+                return
+            self._check_resolved()
+            if machine.run_state is RunState.FINISH_MIGRATE:
+                raise StateError("Migration is not finalized yet", hint="Wait for its end")
+            if machine.run_state is RunState.SHUTDOWN:
+                raise StateError("Resetting the Virtual Machine is required")
+            if machine.is_running or machine.run_state is RunState.SUSPENDED:
+                return
+            if not machine.active:
+                machine.claim()
+                machine.activate()
+            machine.vm_start()
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """The right to stop and start the machine. Not waited for: a callback may need the thread that would wait."""
+        if not self.machine.turn.acquire(blocking=False):
+            raise StateError("the machine is just being stopped or started", hint="Try again")
+        try:
+            yield
+        finally:
+            self.machine.turn.release()
 
     def resolve(self, *, run_here: bool) -> None:
         """Settle an outcome that is unknown: the machine runs here, or it has gone.
@@ -249,37 +331,10 @@ class Kernel:
 
     def query(self) -> dict[str, Any]:
         """The migration in the form of QMP's query-migrate: times in ms, no member that has no value."""
-        state = self.state
-        figures = state.figures
         info: dict[str, Any] = {}
         if self.blockers:
             info["blocked-reasons"] = list(self.blockers.reasons)
-        if state.status is Status.NONE:
-            return info
-        info["status"] = str(state.status)
-        total = figures.total_time
-        if total is None and figures.started is not None:
-            total = time.monotonic() - figures.started
-        if state.status not in (Status.SETUP, Status.FAILED, Status.CANCELLED):
-            downtime = figures.downtime
-            times = {
-                "total-time": total,
-                "setup-time": figures.setup_time,
-                "downtime": downtime,
-                "expected-downtime": figures.expected_downtime if downtime is None else None,
-            }
-            info |= {k: round(v * 1000) for k, v in times.items() if v is not None}
-            for handler in self._handlers:
-                info |= handler.query()
-        if state.error is not None:
-            info["error-desc"] = str(state.error)
-        if isinstance(self._run, Incoming) and self._run.addresses:
-            info["x-addresses"] = list(self._run.addresses)
-        if state.has_finished and state.outcome is not None:
-            info["x-outcome"] = str(state.outcome)
-            if figures.acknowledged is not None:
-                info["x-acknowledged"] = figures.acknowledged
-        return info
+        return info | migration_info(self.state, self._last_run)
 
     # ---- for runs and tools
 
@@ -299,16 +354,60 @@ class Kernel:
         )
 
     def register_fd(self, name: str, fd: int) -> None:
-        """Give a descriptor a name for fd:NAME. The migration that uses it takes it over."""
+        """Give a descriptor a name for fd:NAME; one that had the name before is closed. The migration that uses it takes
+        it over.
+        """
+        before = self.named_fds.get(name, fd)
         self.named_fds[name] = fd
+        if before != fd:
+            os.close(before)
 
-    def notify(self, what: What, old: Status | None = None, new: Status | None = None) -> None:
-        notification = Notification(what, self.state, old, new)
+    def close_fd(self, name: str) -> None:
+        """Close a descriptor that no migration has used. Raises LocalError for a name that is not known."""
+        fd = self.named_fds.pop(name, None)
+        if fd is None:
+            raise LocalError(f"File descriptor named '{name}' not found")
+        os.close(fd)
+
+    def monitor(self, address: str) -> Monitor:
+        """Open a monitor for this kernel at address, such as unix:/run/app.qmp, by the plugin that serves one there.
+
+        Raises PluginError when none does, or more than one; and what the plugin's opening raises.
+        """
+        answers = [
+            (info, serve)
+            for info, serve in self.plugins.each("monitors", kernel=self, address=address)
+            if serve is not None
+        ]
+        if not answers:
+            raise PluginError(
+                f"no plugin serves a monitor at '{address}'",
+                hint="Install whimbrel-monitor, and write unix:PATH or tcp:HOST:PORT",
+            )
+        if len(answers) > 1:
+            names = " and ".join(info.source for info, _ in answers)
+            raise PluginError(
+                f"a monitor at '{address}' is claimed by {names}", hint="Disable one of them"
+            )
+        monitor: Monitor = answers[0][1]()
+        return monitor
+
+    def notify(
+        self,
+        what: What,
+        old: Status | None = None,
+        new: Status | None = None,
+        pass_number: int | None = None,
+    ) -> None:
+        notification = Notification(what, self.state, old, new, pass_number)
         self.notifiers.notify(notification)
         self.plugins.notify("state_changed", kernel=self, notification=notification)
 
     def _state_changed(self, old: Status, new: Status) -> None:
         self.notify(What.STATE, old, new)
+
+    def _machine_changed(self, runs: bool) -> None:
+        self.notify(What.RESUME if runs else What.STOP)
 
 
 def get_current() -> MigrationState:

@@ -103,7 +103,13 @@ class Machine:
         self._call = call
         self._parts: list[object] = []
         self._handlers: list[SaveVMHandler] = []
+        self._observers: list[Callable[[bool], object]] = []
         self._lock = threading.Lock()
+        #: For whoever stops or starts it while a migration may do so as well. The thread of a migration waits for it;
+        #: a caller that the callbacks may depend on must not, and Kernel.stop() and cont() do not.
+        self.turn = threading.RLock()
+        #: This side holds what only one side may hold: between invalidate() and activate() it does not.
+        self.active = True
 
     # ---- parts: RAM blocks, disks, devices. Section plugins look for those that they know.
 
@@ -156,12 +162,54 @@ class Machine:
             log.debug("%s() of the machine failed", callback, exc_info=True)
             raise MachineError(f"{callback}() of machine {self.name} failed: {error}") from error
 
+    def observe(self, observer: Callable[[bool], object]) -> None:
+        """Call observer(runs) after vm_stop() and vm_start(), where they changed that, on the same thread."""
+        self._observers.append(observer)
+
     def vm_stop(self, state: RunState = RunState.PAUSED) -> None:
         """Stop it and say why it stands still. Raises MachineError, the state then being what it was."""
         self.invoke("stop")
-        self.run_state = state
+        self._set_run_state(state)
 
     def vm_start(self) -> None:
         """Run it. Raises MachineError."""
         self.invoke("start")
-        self.run_state = RunState.RUNNING
+        self._set_run_state(RunState.RUNNING)
+
+    def _set_run_state(self, state: RunState) -> None:
+        before, self.run_state = self.is_running, state
+        if before is not self.is_running:
+            for observer in tuple(self._observers):
+                observer(self.is_running)
+
+    # ---- whose it is
+
+    def invalidate(self) -> None:
+        """Give up what only one side may hold. Raises MachineError."""
+        self.invoke("invalidate")
+        self.active = False
+
+    def activate(self) -> None:
+        """Take it. Raises MachineError."""
+        self.invoke("activate")
+        self.active = True
+
+    def ask_fence(self, generation: int) -> bool | None:
+        """Whether this side now has the sole right to run that generation; None when nobody can tell."""
+        if not self.has("fence"):
+            return None
+        try:
+            return bool(self.invoke("fence", generation))
+        except MigrationError as error:
+            log.error("the fence could not be asked: %s", error)
+            return None
+
+    def claim(self) -> None:
+        """Take the next generation for this side, which somebody has made sure of.
+
+        Raises MachineError when the fence says that the other side has the machine.
+        """
+        generation = self.generation + 1
+        if self.ask_fence(generation) is False:
+            raise MachineError("the fence says that the destination has the machine")
+        self.generation = generation

@@ -1,4 +1,4 @@
-"""Callbacks that are told of every change of a migration. They outlive migrations."""
+"""Callbacks that are told of every change of a migration, and when the machine stops and runs. They outlive migrations."""
 
 from __future__ import annotations
 
@@ -21,18 +21,22 @@ class What(enum.StrEnum):
 
     SETUP = "setup"  # accepted; the migration thread does not exist yet
     STATE = "state"  # the status changed
+    PASS = "pass"  # noqa: S105 - a pass over what the machine has written begins (source)
     ERROR = "error"  # the start failed
     CLEANUP = "cleanup"  # everything is released; the last notification of a run
+    STOP = "stop"  # the machine ran and stands still now, whoever stopped it
+    RESUME = "resume"  # it stood still and runs now
 
 
 @attrs.frozen
 class Notification:
-    """What happened, with the state as it is now. `old` and `new` are set for STATE."""
+    """What happened, with the state as it is now. `old` and `new` are set for STATE, `pass_number` (from 1) for PASS."""
 
     what: What
     state: MigrationState
     old: Status | None = None
     new: Status | None = None
+    pass_number: int | None = None
 
 
 Notifier = Callable[[Notification], object]

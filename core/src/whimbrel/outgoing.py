@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import struct
+import threading
 import time
 from typing import TYPE_CHECKING, NoReturn
 
@@ -22,7 +23,6 @@ from whimbrel.errors import (
     ChannelError,
     DeadlineExceeded,
     EndOfStream,
-    MachineError,
     MigrationError,
     OutcomeUnknown,
     PeerError,
@@ -31,6 +31,7 @@ from whimbrel.errors import (
 )
 from whimbrel.handle import as_migration_error
 from whimbrel.machine import RunState
+from whimbrel.notifiers import What
 from whimbrel.run import Run
 from whimbrel.savevm import Budget, Mode, Pending, SaveDriver, SaveVMHandler
 from whimbrel.state import Outcome, Status
@@ -62,10 +63,11 @@ class Outgoing(Run):
         self._answers: InStream | None = None
         self._relayed = False  # what the channel leads to is a relay
         self._stopped_from: RunState | None = None  # the run state to go back to
-        self._invalidated = False
+        self._go = threading.Event()  # out of pre-switchover
         self._stopped_at = 0.0
         self._round_trip = 0.0
         self._scan_time = 0.0
+        self._whole = 0  # bytes of the live sections before the first pass
         self._dirty_rate: float | None = None
         #: The value of the last PONG: the destination had loaded everything before the PING of that value.
         self.last_pong: int | None = None
@@ -125,6 +127,8 @@ class Outgoing(Run):
         answers = self._wait_for_pong if way_back is not None else None
         self._driver.setup(attrs.evolve(self._state.params, wait_for_pong=answers))
         self._figures.setup_time = time.monotonic() - began
+        self._figures.expected_downtime = self._downtime_limit
+        self._pass()
         self._check_cancelled()
         self._state.transition(Status.SETUP, Status.ACTIVE)
 
@@ -152,9 +156,9 @@ class Outgoing(Run):
 
     def _iterate(self) -> None:
         out, figures = self._out, self._figures
-        figures.expected_downtime = self._downtime_limit
         out.limit = self.kernel.settings["max-bandwidth"]
         out.start_window()
+        self._whole = self._driver.pending(exact=False).precopy
         while True:
             self._check_cancelled()
             if out.window_elapsed >= WINDOW:
@@ -177,13 +181,30 @@ class Outgoing(Run):
     def _pending(self) -> Pending:
         """What is left; looked at closely once the estimate falls below the threshold."""
         pending = self._driver.pending(exact=False)
-        if not pending.precopy or pending.precopy < self._figures.threshold:
+        unseen = pending.precopy >= self._figures.threshold if pending.precopy else self._may_stop
+        if not unseen:
             began = time.monotonic()
             pending = self._driver.pending(exact=True)
             self._scan_time = time.monotonic() - began
-            self._figures.passes += 1
+            self._pass()
         self._dirty_rate = pending.dirty_bytes_per_s
         return pending
+
+    @property
+    def _may_stop(self) -> bool:
+        """All is sent, and what was written meanwhile can wait for the last pass without a look: nothing was, or the
+        first pass went so fast that everything once more, zero pages in full, keeps the downtime limit.
+        """
+        if not self._machine.is_running:
+            return True
+        out, figures = self._out, self._figures
+        within = max(0.0, self._downtime_limit - 2 * self._round_trip)
+        in_first_window = figures.passes == 1 and figures.mbps < 0
+        return in_first_window and self._whole * out.window_elapsed <= out.window_bytes * within
+
+    def _pass(self) -> None:
+        self._figures.passes += 1
+        self.kernel.notify(What.PASS, pass_number=self._figures.passes)
 
     @property
     def _downtime_limit(self) -> float:
@@ -214,22 +235,50 @@ class Outgoing(Run):
     def _switch_over(self) -> None:
         self._check_cancelled()
         machine = self._machine
-        self._stopped_at = time.monotonic()
-        machine.invoke("wakeup")
-        before = machine.run_state
-        self._global_state.state = str(before)
-        machine.vm_stop(RunState.FINISH_MIGRATE)
-        self._stopped_from = before
-        if self.kernel.settings.profile.cancelling:
+        with machine.turn:
+            self._stopped_at = time.monotonic()
+            machine.invoke("wakeup")
+            before = machine.run_state
+            self._global_state.state = str(before)
+            machine.vm_stop(RunState.FINISH_MIGRATE)
+            self._stopped_from = before
+        settings = self.kernel.settings
+        if settings["pause-before-switchover"]:
+            self._wait_to_go_on()
+        elif settings.profile.cancelling:
             self._state.transition(Status.ACTIVE, Status.DEVICE)
         self._check_cancelled()
         self._out.limit = 0
+        self._pass()
         self._driver.complete(Mode.PRECOPY)
-        machine.invoke("invalidate")
-        self._invalidated = True
-        self._figures.passes += 1
+        machine.invalidate()
         self._figures.transferred = self._out.position
         self._commit()
+
+    def _wait_to_go_on(self) -> None:
+        """In pre-switchover, for as long as it takes. Only a destination that gives up ends it, since the machine
+        stands still.
+        """
+        self._state.transition(Status.ACTIVE, Status.PRE_SWITCHOVER)
+        while not self._go.wait(WINDOW):
+            self._look_for_refusal()
+        self._check_cancelled()
+        self._state.transition(Status.PRE_SWITCHOVER, Status.DEVICE)
+
+    def go_on(self) -> None:
+        """Out of pre-switchover. For Kernel.migrate_continue()."""
+        self._go.set()
+
+    def _wake(self) -> None:
+        self._go.set()
+
+    def stay_stopped(self) -> None:
+        """Somebody stopped the machine while it stood still for the switchover: it is not to run afterwards. For
+        Kernel.stop().
+        """
+        if self._stopped_from is RunState.RUNNING:
+            self._stopped_from = RunState.PAUSED
+            self._global_state.state = str(RunState.PAUSED)
 
     def _commit(self) -> None:
         assert self._channel is not None
@@ -258,8 +307,12 @@ class Outgoing(Run):
             raise
         except Exception as error:
             self._judge(as_migration_error(error, "the commit"), generation)
-        self._figures.downtime = time.monotonic() - self._stopped_at
-        self._figures.transferred = self._out.position
+        figures, now = self._figures, time.monotonic()
+        figures.downtime = now - self._stopped_at
+        figures.transferred = self._out.position
+        if figures.started is not None and figures.setup_time is not None:
+            elapsed = now - figures.started - figures.setup_time
+            figures.mbps = figures.transferred * 8 / 1e6 / max(elapsed, 1e-6)
         self._machine.generation = generation
         if self._answers is not None:
             with contextlib.suppress(MigrationError):
@@ -272,7 +325,7 @@ class Outgoing(Run):
         if self._peer_is_gone(error):
             self._machine.generation = generation
             raise error
-        fenced = self._ask_fence(generation)
+        fenced = self._machine.ask_fence(generation)
         if fenced:
             self._machine.generation = generation
             raise error
@@ -285,16 +338,6 @@ class Outgoing(Run):
             hint="The destination may run the machine, or not. Look there; if it does not and never will, let it run"
             " here with resolve(run_here=True)",
         ) from error
-
-    def _ask_fence(self, generation: int) -> bool | None:
-        """Whether this side now has the sole right to run, or None when nobody can tell."""
-        if not self._machine.has("fence"):
-            return None
-        try:
-            return bool(self._machine.invoke("fence", generation))
-        except MigrationError as error:
-            log.error("the fence could not be asked: %s", error)
-            return None
 
     def _peer_is_gone(self, error: BaseException) -> bool:
         """Proof that the process at the other end is gone, so that nothing can run there."""
@@ -375,7 +418,7 @@ class Outgoing(Run):
         if isinstance(error, OutcomeUnknown):
             return error, Outcome.UNKNOWN
         outcome = Outcome.FAILED
-        if self._cancelled.is_set() and not self._committed:
+        if self._was_cancelled():
             outcome = Outcome.CANCELLED
             if not isinstance(error, Cancelled):
                 error = Cancelled("the migration was cancelled")
@@ -401,19 +444,18 @@ class Outgoing(Run):
 
     def resume_here(self) -> None:
         """Somebody has made sure that the destination does not run the machine. For Kernel.resolve()."""
-        generation = self._machine.generation + 1
-        if self._ask_fence(generation) is False:
-            raise MachineError("the fence says that the destination has the machine")
-        self._machine.generation = generation
+        self._machine.claim()
         self._resume()
 
     def _resume(self) -> None:
-        before = self._stopped_from
-        if before is None:
-            return
-        if self._invalidated:
-            self._machine.invoke("activate")
-        if before is RunState.RUNNING:
-            self._machine.vm_start()
-        else:
-            self._machine.run_state = before
+        machine = self._machine
+        with machine.turn:
+            before = self._stopped_from
+            if before is None:
+                return
+            if not machine.active:
+                machine.activate()
+            if before is RunState.RUNNING:
+                machine.vm_start()
+            else:
+                machine.run_state = before

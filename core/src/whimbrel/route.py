@@ -55,6 +55,7 @@ class _FilteringListener(Listener):
         self._route, self._listener, self._role = route, listener, role
         prefix = "".join(f"{name}::" for name in route.uri.filters)
         self.addresses = tuple(prefix + address for address in listener.addresses)
+        self.socket_addresses = listener.socket_addresses
 
     def accept(self, deadline: float | None = None) -> Channel:
         return self._route._wrap(self._listener.accept(deadline), self._role)

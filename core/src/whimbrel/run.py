@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
@@ -21,6 +22,8 @@ from whimbrel.wire.format import GlobalStateForm
 if TYPE_CHECKING:
     from whimbrel.kernel import Kernel
 
+#: Seconds that a cancelled run waits for the notifiers of `cancelling`.
+_PATIENCE = 1.0
 _FINAL = {
     Outcome.COMPLETED: Status.COMPLETED,
     Outcome.CANCELLED: Status.CANCELLED,
@@ -45,6 +48,7 @@ class Run(Handle):
         self._channel: Channel | None = None
         #: Past the point of no return: cancelling is refused.
         self._committed = False
+        self._cancel_told = threading.Event()
         #: Tells the handlers the outcome; there are none to tell before a driver exists.
         self._tell_handlers: Callable[[Outcome], None] = lambda _: None
 
@@ -63,12 +67,29 @@ class Run(Handle):
             if self._committed:
                 self._too_late()
             self._cancelled.set()
+        try:
+            profile = self.kernel.settings.profile
+            self._state.leave(Status.CANCELLING if profile.cancelling else Status.CANCELLED)
+        finally:
+            self._cancel_told.set()
+            self._wake()
             os.eventfd_write(self._cancel_fd, 1)
-            channel = self._channel
-        profile = self.kernel.settings.profile
-        self._state.leave(Status.CANCELLING if profile.cancelling else Status.CANCELLED)
-        if channel is not None:
-            channel.abort()
+            with self._lock:
+                channel = self._channel
+            if channel is not None:
+                channel.abort()
+
+    def _wake(self) -> None:
+        """Wake the thread from what is not a descriptor."""
+
+    def _was_cancelled(self) -> bool:
+        """A cancel came before the point of no return, and everybody was told of it: first, since the machine may run
+        again as its consequence.
+        """
+        if not self._cancelled.is_set() or self._committed:
+            return False
+        self._cancel_told.wait(_PATIENCE)
+        return True
 
     def _check_cancelled(self) -> None:
         if self._cancelled.is_set():

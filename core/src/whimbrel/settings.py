@@ -224,6 +224,10 @@ KERNEL_SETTINGS: tuple[Setting, ...] = (
         help="Let the destination answer, where the transport has a way back: without it, completed means that every"
         " byte was accepted, not that the destination runs",
     ),
+    Capability(
+        name="pause-before-switchover",
+        help="Wait in pre-switchover, the machine standing still, until told to continue",
+    ),
     Parameter(
         name="max-bandwidth",
         type=Type.SIZE,

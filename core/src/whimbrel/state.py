@@ -8,6 +8,7 @@ from __future__ import annotations
 import enum
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 import attrs
@@ -110,12 +111,24 @@ class Figures:
     expected_downtime: float | None = None
     transferred: int = 0
     bandwidth: float = 0.0
-    #: 10^6 bit per second in the last window; -1 before the first one closed.
+    #: 10^6 bit per second in the last window, after the end over all; -1 before the first window closed.
     mbps: float = -1.0
     threshold: float = 0.0
     passes: int = 0
     #: None before the end; then whether the destination said that it has taken over.
     acknowledged: bool | None = None
+
+    def times(self) -> dict[str, float | None]:
+        """The times by their names in QMP."""
+        total = self.total_time
+        if total is None and self.started is not None:
+            total = time.monotonic() - self.started
+        return {
+            "total-time": total,
+            "setup-time": self.setup_time,
+            "downtime": self.downtime,
+            "expected-downtime": self.expected_downtime if self.downtime is None else None,
+        }
 
 
 class MigrationState:

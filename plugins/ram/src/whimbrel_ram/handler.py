@@ -43,6 +43,7 @@ class RamHandler(LiveSaveVMHandler):
     blocks      those of the machine, in the order of the setup record
     tracker     the parameter `dirty-tracker`, or a function that gives its value when the migration starts
     trackers    what there is to choose from
+    mbps        throughput of the stream, 10^6 bit per second (for the figures)
     running     whether the machine runs (for the figures: what is sent of one that stands still counts as downtime-bytes)
     find_pages  given the channel, another PageTransport than records in the stream, or None
     adopt       the most bytes of RAM that a destination without blocks of its own creates from the setup record
@@ -62,6 +63,7 @@ class RamHandler(LiveSaveVMHandler):
         tracker: str | Callable[[], str] = AUTO,
         trackers: Sequence[TrackerSpec] = BUILT_IN,
         running: Callable[[], bool] = lambda: True,
+        mbps: Callable[[], float] = lambda: 0.0,
         find_pages: Callable[[Channel], PageTransport | None] | None = None,
         adopt: int = 0,
     ) -> None:
@@ -81,6 +83,7 @@ class RamHandler(LiveSaveVMHandler):
         self._wanted = tracker
         self._specs = trackers
         self._running = running
+        self._mbps = mbps
         self._find_pages = find_pages
         self._adopt = adopt
         self._pages: PageTransport | None = None
@@ -259,7 +262,7 @@ class RamHandler(LiveSaveVMHandler):
                 log.exception("the page transport failed to close")
 
     def query(self) -> dict[str, Any]:
-        return {} if self._stats is None else {"ram": self._stats.query()}
+        return {} if self._stats is None else {"ram": self._stats.query(self._mbps())}
 
     # ---- destination
 

@@ -80,6 +80,7 @@ def savevm_handlers(kernel: Kernel, machine: Machine) -> list[SaveVMHandler]:
             tracker=lambda: str(kernel.settings["dirty-tracker"]),
             trackers=_trackers(kernel),
             running=lambda: machine.is_running,
+            mbps=lambda: max(0.0, kernel.state.figures.mbps),
             find_pages=lambda channel: _page_transport(kernel, channel),
         )
     ]

@@ -1,4 +1,4 @@
-"""The figures of the ram section, in QEMU's words (MigrationStats). mbps is the kernel's."""
+"""The figures of the ram section, in QEMU's words (MigrationStats)."""
 
 from __future__ import annotations
 
@@ -55,15 +55,18 @@ class RamStats:
         self.sync_count += 1
         self.remaining_pages = remaining
 
-    def query(self) -> dict[str, Any]:
+    def query(self, mbps: float) -> dict[str, Any]:
+        """mbps: throughput of the whole stream in 10^6 bit per second, which the kernel measures."""
         return {
             "transferred": self.transferred,
             "remaining": self.remaining_pages * self.page_size,
             "total": self.total,
             "duplicate": self.duplicate,
+            "skipped": 0,
             "normal": self.normal,
             "normal-bytes": self.normal * self.page_size,
             "dirty-pages-rate": round(self.dirty_pages_rate or 0),
+            "mbps": mbps,
             "dirty-sync-count": self.sync_count,
             "postcopy-requests": 0,
             "page-size": self.page_size,

@@ -241,7 +241,6 @@ def test_a_place_that_cannot_be_written_is_refused_at_once(
 @pytest.mark.parametrize(
     ("capability", "reason"),
     [
-        ("xbzrle", "capability xbzrle"),
         ("compress", "capability compress"),
         ("postcopy-ram", "POSTCOPY_ADVISE needs a capability"),
         ("x-ignore-shared", "capability x-ignore-shared"),
@@ -253,7 +252,6 @@ def test_what_needs_a_capability_is_refused_by_name(
     file = log.with_name("guest.mig")
     source.capabilities(return_path=True, **{capability: True})
     receiver = migctl("receive", "tcp:127.0.0.1:0", file)
-    # Slow enough for a second pass, where xbzrle begins.
     source.migrate(receiver.address(), max_bandwidth=32 * MIB, downtime_limit=1)
     assert reason in receiver.failed()
     source.wait_migration("failed")

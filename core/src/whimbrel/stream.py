@@ -10,7 +10,7 @@ import contextlib
 import mmap
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from whimbrel.channel import Buffer, Channel
 from whimbrel.errors import ChannelError, EndOfStream, MigrationError
@@ -77,7 +77,7 @@ class OutStream(_Latched):
         if len(self._small) >= COLLECT:
             self.flush()
 
-    def write_all(self, buffers: list[Buffer]) -> None:
+    def write_all(self, buffers: Sequence[Buffer]) -> None:
         """Send large buffers at once, in order, behind what was collected."""
         with self._latch():
             if self._small:

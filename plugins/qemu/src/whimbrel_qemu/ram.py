@@ -10,7 +10,7 @@ from whimbrel.wire import items
 from whimbrel.wire.format import ItemType
 from whimbrel.wire.items import SectionHeader
 from whimbrel_ram import RamHandler
-from whimbrel_ram.codec import EOS_RECORD
+from whimbrel_ram.records import EOS_RECORD
 from whimbrel_ram.setup import BlockEntry, encode_setup
 
 

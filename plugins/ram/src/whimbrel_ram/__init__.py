@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 _WHERE = {
     "block": ("RAMBlock",),
     "check": ("RamChecker",),
-    "codec": ("Decoder", "Encoder", "PageFlag"),
+    "decoder": ("Decoder",),
+    "encoder": ("Encoder",),
     "handler": ("RamHandler",),
+    "records": ("PageFlag",),
     "setup": ("BlockEntry",),
     "trackers": ("DirtyTracker", "TrackerSpec"),
     "transport": ("PageTransport", "Phase", "SaveBlock", "Sent", "StreamPages"),
@@ -23,8 +25,10 @@ __all__ = sorted(_MODULE_OF)  # noqa: PLE0605
 if TYPE_CHECKING:
     from whimbrel_ram.block import RAMBlock as RAMBlock
     from whimbrel_ram.check import RamChecker as RamChecker
-    from whimbrel_ram.codec import Decoder as Decoder, Encoder as Encoder, PageFlag as PageFlag
+    from whimbrel_ram.decoder import Decoder as Decoder
+    from whimbrel_ram.encoder import Encoder as Encoder
     from whimbrel_ram.handler import RamHandler as RamHandler
+    from whimbrel_ram.records import PageFlag as PageFlag
     from whimbrel_ram.setup import BlockEntry as BlockEntry
     from whimbrel_ram.trackers import DirtyTracker as DirtyTracker, TrackerSpec as TrackerSpec
     from whimbrel_ram.transport import (

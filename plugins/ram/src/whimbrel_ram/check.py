@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
-from whimbrel_ram.codec import Decoder, Target
+from whimbrel_ram.decoder import Decoder, Target
 from whimbrel_ram.handler import RamHandler
 from whimbrel_ram.setup import MAX_TOTAL, BlockEntry
 
@@ -56,6 +56,9 @@ class _CheckingDecoder(Decoder):
         pass
 
     def _put_zeros(self, *_: object) -> None:
+        pass
+
+    def _put_patches(self, *_: object) -> None:
         pass
 
 

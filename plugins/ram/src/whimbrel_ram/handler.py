@@ -13,12 +13,14 @@ from whimbrel.savevm import Budget, LiveSaveVMHandler, Mode, Pending
 from whimbrel.state import Outcome
 from whimbrel.wire import dialects
 from whimbrel_ram.block import RAMBlock
-from whimbrel_ram.codec import EOS_RECORD, Decoder, Event, PageFlag, Target, as_words
+from whimbrel_ram.decoder import Decoder, Event, Target
 from whimbrel_ram.memory import untouched
+from whimbrel_ram.records import EOS_RECORD, PageFlag
 from whimbrel_ram.setup import BlockEntry, encode_setup, read_setup
 from whimbrel_ram.stats import RamStats
 from whimbrel_ram.trackers import AUTO, BUILT_IN, DirtyTracker, TrackerSpec, choose
 from whimbrel_ram.transport import PageTransport, Phase, SaveBlock, StreamPages
+from whimbrel_ram.zero import as_words
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -88,6 +90,7 @@ class RamHandler(LiveSaveVMHandler):
         self._adopt = adopt
         self._pages: PageTransport | None = None
         self._stats: RamStats | None = None
+        self._pages_said: dict[str, Any] = {}  # the last answer of the page transport
         # source
         self._tracker: DirtyTracker | None = None
         self.tracker_name: str | None = None
@@ -226,7 +229,7 @@ class RamHandler(LiveSaveVMHandler):
                 )
             dirty[window[: sent.pages]] = False
             size = out.position - before
-            stats.sent(sent.pages, sent.zero, size, stopped=stopped)
+            stats.sent(sent, size, stopped=stopped)
             self._advance(int(window[sent.pages - 1]) + 1, out)
         return True
 
@@ -256,13 +259,18 @@ class RamHandler(LiveSaveVMHandler):
     def _close_pages(self, outcome: Outcome) -> None:
         pages, self._pages = self._pages, None
         if pages is not None:
+            self._pages_said = pages.query()
             try:
                 pages.close(outcome)
             except Exception:
                 log.exception("the page transport failed to close")
 
     def query(self) -> dict[str, Any]:
-        return {} if self._stats is None else {"ram": self._stats.query(self._mbps())}
+        if self._stats is None:
+            return {}
+        pages = self._pages
+        more = self._pages_said if pages is None else pages.query()
+        return {"ram": self._stats.query(self._mbps()), **more}
 
     # ---- destination
 

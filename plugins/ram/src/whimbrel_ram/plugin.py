@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from whimbrel.errors import PluginError, SettingError
 from whimbrel.hookspecs import hookimpl
-from whimbrel.settings import MIB, SIZE_MAX, Parameter, Type
+from whimbrel.settings import MIB, SIZE_MAX, Capability, Parameter, Type
 from whimbrel_ram import hookspecs
 from whimbrel_ram.block import RAMBlock
 from whimbrel_ram.trackers import AUTO, BUILT_IN, TrackerSpec, choose
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from whimbrel.channel import Channel
     from whimbrel.kernel import Kernel
     from whimbrel.machine import Machine
+    from whimbrel.plugins import PluginInfo
     from whimbrel.savevm import SaveVMHandler
     from whimbrel.settings import Setting
     from whimbrel_ram.transport import PageTransport
@@ -27,6 +28,12 @@ whimbrel_hookspecs = (hookspecs,)
 @hookimpl
 def settings() -> list[Setting]:
     return [
+        Capability(
+            name="xbzrle",
+            conflicts=("multifd", "mapped-ram", "rdma-pin-all", "zero-copy-send"),
+            help="Send pages that were sent before as what changed in them, against a cache of what was sent"
+            " (xbzrle-cache-size). The destination needs no setting for it",
+        ),
         Parameter(
             name="xbzrle-cache-size",
             type=Type.SIZE,
@@ -92,10 +99,17 @@ def _trackers(kernel: Kernel) -> list[TrackerSpec]:
 
 def _page_transport(kernel: Kernel, channel: Channel) -> PageTransport | None:
     answers = kernel.plugins.each("page_transports", kernel=kernel, channel=channel)
-    found = [(info, pages) for info, pages in answers if pages is not None]
+    found: list[tuple[PluginInfo, PageTransport]] = [(i, p) for i, p in answers if p is not None]
     if len(found) > 1:
         raise PluginError(
             f"the pages are claimed by {' and '.join(info.source for info, _ in found)}",
             hint="Switch one of their capabilities off, or disable one of the plugins",
         )
-    return found[0][1] if found else None
+    if found:
+        return found[0][1]
+    if not kernel.settings["xbzrle"]:
+        return None
+    from whimbrel_ram.xbzrle_pages import XbzrlePages
+
+    page_size = 1 << kernel.machine.target_page_bits
+    return XbzrlePages(page_size, lambda: int(kernel.settings["xbzrle-cache-size"]))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
+
+if TYPE_CHECKING:
+    from whimbrel_ram.transport import Sent
 
 #: Seconds over which pages-per-second is taken.
 _WINDOW = 0.1
@@ -31,17 +34,17 @@ class RamStats:
     _window: float = attrs.field(factory=time.monotonic)
     _window_pages: int = 0
 
-    def sent(self, pages: int, zero: int, size: int, *, stopped: bool) -> None:
-        self.duplicate += zero
-        self.normal += pages - zero
-        self.remaining_pages -= pages
+    def sent(self, sent: Sent, size: int, *, stopped: bool) -> None:
+        self.duplicate += sent.zero
+        self.normal += sent.pages - sent.zero - sent.partly
+        self.remaining_pages -= sent.pages
         self.transferred += size
         if stopped:
             self.downtime_bytes += size
         else:
             self.precopy_bytes += size
         now = time.monotonic()
-        self._window_pages += pages
+        self._window_pages += sent.pages
         if now - self._window >= _WINDOW:
             self.pages_per_second = self._window_pages / (now - self._window)
             self._window, self._window_pages = now, 0

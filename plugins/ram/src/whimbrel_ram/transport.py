@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import attrs
 import numpy as np
 
 from whimbrel_ram.block import RAMBlock
-from whimbrel_ram.codec import Decoder, Encoder, PageFlag, zero_map, zero_map_at
+from whimbrel_ram.decoder import Decoder
+from whimbrel_ram.encoder import Encoder
+from whimbrel_ram.records import PageFlag
+from whimbrel_ram.zero import zero_map, zero_map_at
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -52,10 +55,13 @@ class SaveBlock:
 
 @attrs.frozen
 class Sent:
-    """What send() did: pages from the front of its list, and how many of those were zero."""
+    """What send() did: pages from the front of its list, how many of those were zero, and how many were sent neither as
+    zero nor whole.
+    """
 
     pages: int
     zero: int = 0
+    partly: int = 0
 
 
 class PageTransport:
@@ -95,6 +101,10 @@ class PageTransport:
         """EOS, HOOK or MULTIFD_FLUSH was read from the stream. Raises StreamError for those that it does not know."""
         if flag is not PageFlag.EOS:
             raise Decoder.refuse(flag, inp.position - 8)
+
+    def query(self) -> dict[str, Any]:
+        """Members of query-migrate beside `ram`; from any thread, at any time."""
+        return {}
 
     def close(self, outcome: Outcome) -> None:
         """The run is over. Never raises."""

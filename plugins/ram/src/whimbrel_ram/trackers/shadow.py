@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from whimbrel_ram.block import RAMBlock
-from whimbrel_ram.codec import as_words
 from whimbrel_ram.memory import untouched
 from whimbrel_ram.trackers import DirtyTracker
+from whimbrel_ram.zero import as_words
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -48,6 +48,7 @@ from whimbrel_testing.wrong.pieces import (
     command,
     configuration,
     counted,
+    delta,
     described,
     description,
     end,
@@ -449,21 +450,31 @@ def _pages() -> Iterator[Case]:
         0xFFF,
     ):
         yield case(f"flags-{value:03x}", [Bad(u64(value) + counted("ram") + bytes(8)), EOS], flags)
-    for value, name in ((0x040, "XBZRLE"), (0x100, "COMPRESS_PAGE")):
-        data = b"\1" + u16(3) + b"\0\1\xf9" if value == 0x040 else u32(8) + bytes(8)
-        takes = {"qemu": _BOTH, "why": "a QEMU takes deltas whatever its capability xbzrle says"}
-        yield case(f"flags-{value:03x}", [zero(0, "ram"), Bad(record(value) + data), EOS],
-                   f"a {name} record needs", **(takes if value == 0x040 else {}))  # fmt: skip
+    yield case("flags-100", [zero(0, "ram"), Bad(record(0x100) + u32(8) + bytes(8)), EOS],
+               "a COMPRESS_PAGE record needs")  # fmt: skip
     for value, name in ((0x080, "HOOK"), (0x200, "MULTIFD_FLUSH")):
         yield case(f"flags-{value:03x}", [zero(0, "ram"), Bad(u64(value)), EOS],
                    f"a {name} record needs", qemu=_ONLY_10_0,
                    why="a record for RDMA or multifd where there is none says that pages are missing; 10.0 ignores it")  # fmt: skip
+    yield case(
+        "xbzrle", [zero(0, "ram"), record(0x040) + delta(b"\0\1\xf9"), EOS], None, qemu=_BOTH
+    )
     for data, what in (
         (b"\0" + u16(3) + b"\0\1\xf9", "encoding"),
         (b"\1" + u16(0xFFFF) + bytes(64), "length"),
     ):
-        yield case(f"xbzrle-{what}", [zero(0, "ram"), Bad(record(0x040) + data), EOS],
-                   "a XBZRLE record needs")  # fmt: skip
+        yield case(f"xbzrle-{what}", [zero(0, "ram"), record(0x040), Bad(data), EOS],
+                   "bad head of a XBZRLE record")  # fmt: skip
+    for data, what in (
+        (b"\5", "unchanged-only"),
+        (b"\0\1\xf9\5", "unchanged-last"),
+        (b"\0\1\xf9\0\1\xf9", "unchanged-nothing"),
+        (b"\1\0", "changed-nothing"),
+        (b"\1\4\xf9", "changed-beyond-data"),
+        (b"\xff\x1f\2\xf9\xf9", "beyond-page"),
+    ):
+        yield case(f"xbzrle-{what}", [zero(0, "ram"), Bad(record(0x040) + delta(data)), EOS],
+                   "a XBZRLE record cannot be decoded")  # fmt: skip
     yield case("filled-41", [zero(0, "ram", 0x41), EOS], None, keep=None, qemu=_ONLY_7_2,
                why="sources before QEMU 1.5 send such pages; QEMU refuses them since 8.2")  # fmt: skip
     yield case("eos-missing", [PAGES, Bad()], flags, exact=False)

@@ -125,6 +125,11 @@ def record(flags: int, offset: int = 0, name: str | bytes | None = None) -> byte
     return u64(offset | flags) + counted(name)
 
 
+def delta(data: bytes) -> bytes:
+    """What follows the first word of a XBZRLE record."""
+    return b"\1" + u16(len(data)) + data
+
+
 EOS = u64(EOS_FLAG)
 PAGES = zero(0, "ram") + page(1) + zero(2)
 

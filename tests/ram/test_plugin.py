@@ -32,7 +32,7 @@ def test_it_is_discovered_with_its_section_and_settings():
     info = next(i for i in Plugins.load().infos() if i.name == "ram")
     assert (info.kind, info.distribution, info.state) == ("savevm", "whimbrel-ram", "ready")
     assert info.provides == ("ram",)
-    assert set(info.settings) == {"xbzrle", "xbzrle-cache-size", "dirty-tracker"}
+    assert {"xbzrle", "xbzrle-cache-size", "auto-converge", "dirty-tracker"} <= set(info.settings)
 
 
 def test_settings_and_their_bounds():

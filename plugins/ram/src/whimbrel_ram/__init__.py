@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 _WHERE = {
     "block": ("RAMBlock",),
     "check": ("RamChecker",),
+    "converge": ("Throttle",),
     "decoder": ("Decoder",),
     "encoder": ("Encoder",),
     "handler": ("RamHandler",),
@@ -25,6 +26,7 @@ __all__ = sorted(_MODULE_OF)  # noqa: PLE0605
 if TYPE_CHECKING:
     from whimbrel_ram.block import RAMBlock as RAMBlock
     from whimbrel_ram.check import RamChecker as RamChecker
+    from whimbrel_ram.converge import Throttle as Throttle
     from whimbrel_ram.decoder import Decoder as Decoder
     from whimbrel_ram.encoder import Encoder as Encoder
     from whimbrel_ram.handler import RamHandler as RamHandler

@@ -13,6 +13,7 @@ from whimbrel.savevm import Budget, LiveSaveVMHandler, Mode, Pending
 from whimbrel.state import Outcome
 from whimbrel.wire import dialects
 from whimbrel_ram.block import RAMBlock
+from whimbrel_ram.converge import AutoConverge
 from whimbrel_ram.decoder import Decoder, Event, Target
 from whimbrel_ram.memory import untouched
 from whimbrel_ram.records import EOS_RECORD, PageFlag
@@ -48,6 +49,7 @@ class RamHandler(LiveSaveVMHandler):
     mbps        throughput of the stream, 10^6 bit per second (for the figures)
     running     whether the machine runs (for the figures: what is sent of one that stands still counts as downtime-bytes)
     find_pages  given the channel, another PageTransport than records in the stream, or None
+    converge    slows the machine down where it writes faster than can be sent
     adopt       the most bytes of RAM that a destination without blocks of its own creates from the setup record
                 (0: it must have them all, with the same lengths)
     """
@@ -67,6 +69,7 @@ class RamHandler(LiveSaveVMHandler):
         running: Callable[[], bool] = lambda: True,
         mbps: Callable[[], float] = lambda: 0.0,
         find_pages: Callable[[Channel], PageTransport | None] | None = None,
+        converge: AutoConverge | None = None,
         adopt: int = 0,
     ) -> None:
         blocks = list(blocks)
@@ -87,6 +90,7 @@ class RamHandler(LiveSaveVMHandler):
         self._running = running
         self._mbps = mbps
         self._find_pages = find_pages
+        self._converge = converge
         self._adopt = adopt
         self._pages: PageTransport | None = None
         self._stats: RamStats | None = None
@@ -179,11 +183,14 @@ class RamHandler(LiveSaveVMHandler):
             if saved.untouched is not None:
                 saved.untouched &= ~new
         self._stats.synced(found, sum(int(np.count_nonzero(d)) for d in self._dirty))
+        if self._converge is not None and self._running():
+            self._converge.synced(found * self.page_size, self._stats.transferred)
 
     def iterate(self, out: OutStream, budget: Budget) -> bool:
         return self._round(out, budget, Phase.ITERATE)
 
     def complete(self, out: OutStream, mode: Mode) -> None:
+        self._lift_throttle()
         self._sync()
         self._round(out, Budget(), Phase.COMPLETE)
 
@@ -244,7 +251,12 @@ class RamHandler(LiveSaveVMHandler):
             assert self._pages is not None
             self._pages.sync(out)
 
+    def _lift_throttle(self) -> None:
+        if self._converge is not None:
+            self._converge.lift()
+
     def cleanup(self, outcome: Outcome) -> None:
+        self._lift_throttle()
         if self._tracker is not None:
             try:
                 self._tracker.stop()
@@ -270,7 +282,8 @@ class RamHandler(LiveSaveVMHandler):
             return {}
         pages = self._pages
         more = self._pages_said if pages is None else pages.query()
-        return {"ram": self._stats.query(self._mbps()), **more}
+        throttled = {} if self._converge is None else self._converge.query()
+        return {"ram": self._stats.query(self._mbps()), **more, **throttled}
 
     # ---- destination
 

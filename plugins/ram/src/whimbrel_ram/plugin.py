@@ -44,6 +44,32 @@ def settings() -> list[Setting]:
             power_of_two=True,
             help="Size of the cache of sent pages that deltas are taken against",
         ),
+        Capability(
+            name="auto-converge",
+            help="Slow the machine down, step by step, where it writes its memory faster than it can be sent",
+        ),
+        _percent(
+            "throttle-trigger-threshold",
+            50,
+            1,
+            100,
+            "Written memory, as a share of what was sent, from which on the machine is slowed down",
+        ),
+        _percent("cpu-throttle-initial", 20, 1, 99, "How much of its time it rests at first"),
+        _percent(
+            "cpu-throttle-increment",
+            10,
+            1,
+            99,
+            "How much more it rests each time that this was not enough",
+        ),
+        _percent("max-cpu-throttle", 99, 1, 99, "How much of its time it rests at most"),
+        Parameter(
+            name="cpu-throttle-tailslow",
+            type=Type.BOOL,
+            default=False,
+            help="Slow it down by no more than what it takes to make it write little enough",
+        ),
         Parameter(
             name="dirty-tracker",
             type=Type.STR,
@@ -53,6 +79,18 @@ def settings() -> list[Setting]:
             + ", or one that a plugin brings",
         ),
     ]
+
+
+def _percent(name: str, default: int, minimum: int, maximum: int, help: str) -> Parameter:  # noqa: A002
+    return Parameter(
+        name=name,
+        type=Type.INT,
+        unit="%",
+        default=default,
+        minimum=minimum,
+        maximum=maximum,
+        help=help,
+    )
 
 
 @hookimpl
@@ -66,11 +104,16 @@ def preflight(kernel: Kernel, uri: str) -> list[str]:
     blocks = kernel.machine.parts(RAMBlock) if kernel.machine is not None else []
     if not blocks:
         return []
+    reasons = []
     try:
         choose(kernel.settings["dirty-tracker"], _trackers(kernel), blocks)
     except SettingError as error:
-        return [str(error)]
-    return []
+        reasons.append(str(error))
+    if kernel.settings["auto-converge"] and not kernel.machine.has("throttle"):
+        reasons.append(
+            "auto-converge is on, and the machine cannot be slowed down: it has no throttle()"
+        )
+    return reasons
 
 
 @hookimpl
@@ -78,8 +121,15 @@ def savevm_handlers(kernel: Kernel, machine: Machine) -> list[SaveVMHandler]:
     blocks = machine.parts(RAMBlock)
     if not blocks:
         return []
+    from whimbrel_ram.converge import AutoConverge, Rules
     from whimbrel_ram.handler import RamHandler
 
+    settings = kernel.settings
+    converge = None
+    if settings["auto-converge"]:
+        converge = AutoConverge(
+            lambda: Rules.of(settings), lambda percent: machine.invoke("throttle", percent)
+        )
     return [
         RamHandler(
             blocks,
@@ -89,6 +139,7 @@ def savevm_handlers(kernel: Kernel, machine: Machine) -> list[SaveVMHandler]:
             running=lambda: machine.is_running,
             mbps=lambda: max(0.0, kernel.state.figures.mbps),
             find_pages=lambda channel: _page_transport(kernel, channel),
+            converge=converge,
         )
     ]
 

@@ -93,7 +93,8 @@ class Writer:
         self.throttle = Throttle()
         self.asked = []
         self.machine = Machine("m-1", stop=self.stop, start=self.start, throttle=self.slow_down)
-        self.block = self.machine.add(RAMBlock("ram", 32 * MIB))
+        self.block = self.machine.add(RAMBlock("ram", 8 * MIB))
+        self.block.view[:] = 1  # what was never written is passed over in no time
         self.running = False
         self.start()
 
@@ -140,13 +141,13 @@ def kernel_of(writer):
 
 def test_what_would_not_converge_does(writer, tmp_path):
     there = Machine("m-1")
-    block = there.add(RAMBlock("ram", 32 * MIB))
+    block = there.add(RAMBlock("ram", 8 * MIB))
     incoming = Kernel(there).incoming(f"unix:{tmp_path}/m")
     kernel = kernel_of(writer)
     outgoing = kernel.migrate(f"unix:{tmp_path}/m")
     shown = wait_until(lambda: kernel.query().get("cpu-throttle-percentage"), "throttling")
     assert shown >= 70
-    kernel.settings["downtime-limit"] = 300
+    kernel.settings.update({"downtime-limit": 300, "max-bandwidth": 100 * MIB})
     outgoing.wait(60)
     incoming.wait(60)
     assert block.view.tobytes() == writer.block.view.tobytes()
@@ -157,10 +158,9 @@ def test_what_would_not_converge_does(writer, tmp_path):
 
 def test_a_cancel_lets_it_run_freely_again(writer, tmp_path):
     there = Machine("m-1")
-    there.add(RAMBlock("ram", 32 * MIB))
+    there.add(RAMBlock("ram", 8 * MIB))
     incoming = Kernel(there).incoming(f"unix:{tmp_path}/m")
     kernel = kernel_of(writer)
-    kernel.settings["max-bandwidth"] = 20 * MIB
     outgoing = kernel.migrate(f"unix:{tmp_path}/m")
     wait_until(lambda: kernel.query().get("cpu-throttle-percentage"), "throttling")
     outgoing.cancel()

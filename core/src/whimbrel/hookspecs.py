@@ -104,3 +104,8 @@ def monitors(kernel: Kernel, address: str) -> Callable[[], Monitor] | None:
 @hookspec
 def cli_commands() -> list[Any]:  # type: ignore[empty-body]
     """Click commands to add to migctl. Called by migctl only."""
+
+
+@hookspec
+def monitor_commands() -> list[Any]:  # type: ignore[empty-body]
+    """Commands (whimbrel_monitor.Command) to add to a monitor. Called when whimbrel-monitor opens one."""

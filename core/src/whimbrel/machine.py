@@ -52,6 +52,7 @@ class Machine:
     fence(generation)   True if this side now has the sole right to run that generation of the machine (a lease, a
                         lock on the disk), False if the other side has it. None as the callback: no fence.
     announce()          tell the network where the machine is now (destination, before start).
+    quit()              end the program, on request of a monitor. None: it cannot be ended that way.
 
     `call` takes a function, runs it on the thread or event loop that owns the machine, and returns its result.
     """
@@ -73,6 +74,7 @@ class Machine:
         invalidate: Callable[[], object] | None = None,
         fence: Callable[[int], bool] | None = None,
         announce: Callable[[], object] | None = None,
+        quit: Callable[[], object] | None = None,  # noqa: A002 - QMP's word
         call: Callable[[Callable[[], Any]], Any] = _directly,
     ) -> None:
         if not 10 <= target_page_bits <= 24:
@@ -99,6 +101,7 @@ class Machine:
             "invalidate": invalidate,
             "fence": fence,
             "announce": announce,
+            "quit": quit,
         }
         self._call = call
         self._parts: list[object] = []

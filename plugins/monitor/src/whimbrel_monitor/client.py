@@ -9,6 +9,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -29,8 +30,9 @@ _CHUNK = 8192  # bytes taken from a client at a time; between two, others have t
 MAX_FDS = 16
 #: Bytes that a client may leave unread, before it is dropped; and how many of them keep its next request waiting.
 MAX_UNREAD, SOME_UNREAD = 1 << 20, 64 << 10
-#: Seconds that a client waits for each mistake, so that a flood of them takes nobody else's time.
-_PENANCE = 0.001
+#: Seconds that a client waits after a mistake, and for each second of work that it has cost: so a flood of them takes
+#: little of others' time.
+_PENANCE, _PENANCE_FACTOR = 0.005, 4
 #: Seconds that a client is given to read the reply before what was to come after it.
 _FAREWELL = 1.0
 
@@ -54,12 +56,17 @@ class Client:
 
     async def _serve(self) -> None:
         reader = Reader()
+        cost = 0.0  # of what is no request yet
         try:
             self.send(greeting())
             while data := await self._receive():
                 reader.feed(data)
+                began = time.thread_time()
                 for value in reader:
-                    await self._handle(value)
+                    cost += time.thread_time() - began
+                    await self._handle(value, cost)
+                    cost, began = 0.0, time.thread_time()
+                cost += time.thread_time() - began
                 await asyncio.sleep(0)
         except OSError as error:
             log.debug("a client is gone: %s", error)
@@ -74,7 +81,8 @@ class Client:
         self._sock.close()
         self.keep_fds(())
 
-    async def _handle(self, value: Any) -> None:
+    async def _handle(self, value: Any, cost: float) -> None:
+        """`cost`: seconds that reading it has taken."""
         answer = self.session.receive(value)
         if isinstance(answer, Request):
             await self._execute(answer)
@@ -82,7 +90,7 @@ class Client:
         self.send(answer)
         if isinstance(value, SyntaxFault) and self._is_stranger():
             raise ConnectionAbortedError("it does not speak QMP")
-        await asyncio.sleep(_PENANCE)
+        await asyncio.sleep(_PENANCE + _PENANCE_FACTOR * cost)
         await self._until_unread(SOME_UNREAD)
 
     def _is_stranger(self) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 
 from whimbrel import LocalError, __version__
+from whimbrel_monitor import kinds
 from whimbrel_monitor.reader import SyntaxFault
 
 #: Which QEMU's surface this is, for clients that ask for the version: the one with the state `device` on the way to
@@ -21,6 +22,7 @@ VERSION: dict[str, Any] = {
 
 GENERIC, NOT_FOUND = "GenericError", "CommandNotFound"
 NEGOTIATE = "qmp_capabilities"
+_NAMES = kinds.Array(kinds.STR)
 
 
 class QmpError(LocalError):
@@ -93,10 +95,9 @@ class Session:
         for name, value in request.arguments.items():
             if name != "enable":
                 raise LocalError(f"Parameter '{name}' is unexpected")
-            if not isinstance(value, list):
-                raise LocalError("Invalid parameter type for 'enable', expected: array")
-            if value:
-                raise LocalError(f"Parameter 'enable' does not accept value '{value[0]}'")
+            wanted = _NAMES.check(value, name)
+            if wanted:
+                raise LocalError(f"Parameter 'enable' does not accept value '{wanted[0]}'")
         if self.negotiated:
             raise QmpError(
                 NOT_FOUND, "Capabilities negotiation is already complete, command ignored"

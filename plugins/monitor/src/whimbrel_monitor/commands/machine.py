@@ -7,7 +7,6 @@ from typing import Any
 
 from whimbrel import LocalError, RunState, StateError
 from whimbrel_monitor import Context, command
-from whimbrel_monitor.kinds import Size
 
 
 @command("query-status")
@@ -38,10 +37,10 @@ def cont(ctx: Context) -> None:
 @command("announce-self")
 def announce_self(  # noqa: PLR0917 - arguments come by name
     ctx: Context,
-    initial: Size,
-    max: Size,  # noqa: A002 - QMP's name
-    rounds: Size,
-    step: Size,
+    initial: int,
+    max: int,  # noqa: A002 - QMP's name
+    rounds: int,
+    step: int,
     interfaces: list[str] | None = None,
     id: str | None = None,  # noqa: A002
 ) -> None:

@@ -51,12 +51,12 @@ def migrate_incoming(
     waited for; with exit-on-error the app ends then, by the callback `quit` of its Machine.
     """
     kernel, machine = ctx.kernel, ctx.kernel.machine
-    where = _uri(uri, channels)
     if machine.run_state is not RunState.INMIGRATE:
         raise StateError(
             f"'-incoming' was not specified: the machine waits for no migration, it is {machine.run_state}",
             hint="The app lets it wait with Kernel.defer_incoming()",
         )
+    where = _uri(uri, channels)
     if kernel.state.is_running:
         raise StateError("The incoming migration has already been started")
     if exit_on_error and not machine.has("quit"):

@@ -49,7 +49,18 @@ def _vmstate() -> Iterator[bytes]:
     yield b"\3" + wd.encode(everything)[0]
 
 
-SEEDS = {"stream": _stream, "vmdescription": _vmdescription, "vmstate": _vmstate}
+def _qmp() -> Iterator[bytes]:
+    for said in (
+        b'{"execute":"qmp_capabilities"}{"execute":"query-status","id":[1,{"a":null}]}',
+        b"{'execute': 'it\\'s', 'arguments': {'x': [-1.5e+3, true, \"\\ud83d\\ude00\"]}}\r\n",
+        b'{"execute":@,"x":1} nope 01 1. \xff{"a" 1}[1,2}]}{,}{1:2}[1 2]',
+        b"[" * 600 + b"]" * 600 + b'"\\u00e9\\n\xc3\xa9\xed\xa0\x80"',
+    ):
+        yield b"\0" + said
+        yield b"\6" + said
+
+
+SEEDS = {"stream": _stream, "vmdescription": _vmdescription, "vmstate": _vmstate, "qmp": _qmp}
 
 
 def seeds(target: str) -> Iterator[bytes]:

@@ -6,13 +6,17 @@ A further target is a function here, its name in TARGETS, and its seeds in seeds
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable
+from typing import Any
 
 import attrs
 
 import whimbrel_device as wd
 from whimbrel.errors import MigrationError, StreamError
 from whimbrel_device import vmdesc
+from whimbrel_monitor.reader import Reader
+from whimbrel_monitor.session import Session
 from whimbrel_testing.wrong.mutate import keep_and_take_again, load_app
 
 #: Bytes of a payload that a description is laid over.
@@ -62,10 +66,35 @@ def vmstate(data: bytes) -> None:
     assert (again, members_again) == (payload, members)
 
 
+def qmp(data: bytes) -> None:
+    """What a client sends to a monitor. The first byte says how much of it comes at a time."""
+    if not data:
+        return
+    text, step = data[1:] + b"\xff", data[0] + 1
+    whole = _read_qmp(text, len(text))
+    assert _read_qmp(text, step) == whole, "read in pieces, it is something else"
+    assert _read_qmp(text + b'{"a":1}', step)[-1] == {"a": 1}
+    session = Session()
+    for value in whole:
+        answer = session.receive(value)
+        line = answer if isinstance(answer, bytes) else answer.reply(None)
+        assert line.endswith(b"}\r\n")
+        assert len(json.loads(line)) <= 2
+
+
+def _read_qmp(text: bytes, step: int) -> list[Any]:
+    reader, found = Reader(), []
+    for at in range(0, len(text), step):
+        reader.feed(text[at : at + step])
+        found += list(reader)
+    return found
+
+
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "stream": stream,
     "vmdescription": vmdescription,
     "vmstate": vmstate,
+    "qmp": qmp,
 }
 
 # ---- a field of every kind

@@ -12,6 +12,10 @@ from pathlib import Path
 from whimbrel import Capability, Kernel, Parameter, PluginInfo, Plugins, Type
 from whimbrel.settings import KERNEL_SETTINGS, MIB, PROFILE_2013, SIZE_MAX, TODAY, Profile, Setting
 from whimbrel.state import diagram
+from whimbrel_monitor import kinds
+from whimbrel_monitor.commands import own as own_commands
+from whimbrel_monitor.events import EVENTS
+from whimbrel_monitor.reader import Limits
 from whimbrel_testing.wrong import Case, Side, all_cases
 
 ROOT = Path(__file__).parents[1]
@@ -170,6 +174,146 @@ def states_page() -> str:
     )
 
 
+# ---- the monitor
+
+
+def kind(of: kinds.Kind) -> str:
+    match of:
+        case kinds.Unsigned(wraps=True):
+            return "size"
+        case kinds.Unsigned():
+            return "uint64"
+        case kinds.Builtin():
+            return of.name
+        case kinds.Array():
+            return f"[{kind(of.of)}]"
+        case kinds.Choice():
+            return ", ".join(of.words) if len(of.words) < 5 else "a word"
+        case kinds.Union():
+            return f"{{{of.tag}, …}}"
+        case kinds.Object():
+            return f"{{{', '.join(m.name for m in of.members)}}}"
+    raise TypeError(of)
+
+
+def members(of: tuple[kinds.Member, ...]) -> str:
+    return ", ".join(f"{code(m.name)}{'' if m.required else '?'} {kind(m.kind)}" for m in of)
+
+
+def monitor_page(plugins: Plugins) -> str:
+    kernel = Kernel(plugins=plugins)
+    rows = []
+    for each in sorted(own_commands(), key=lambda c: c.name):
+        text = " ".join(each.help.split())
+        arguments = members(each.members(kernel))
+        if each.name == "migrate-set-parameters":
+            arguments = "any [parameter](settings.md), aliases as well"
+        rows.append((code(each.name), arguments, text))
+    told = [(code(name), members(of)) for name, of in EVENTS.items()]
+    limits = Limits()
+    return "\n".join(
+        [
+            "# Monitor\n",
+            NOTE,
+            (
+                "What [whimbrel-monitor](../../plugins/monitor/README.md) serves by QMP: the commands, and the differences from"
+                " QEMU's. An argument with `?` may be left out. `query-qmp-schema` says the same to programs.\n"
+            ),
+            "## Commands\n",
+            table(("command", "arguments", "what it does"), rows),
+            "## Events\n",
+            table(("event", "data"), told),
+            (
+                "STOP and RESUME always come; MIGRATION and MIGRATION_PASS with the capability `events`; SHUTDOWN before the app's"
+                " `quit`.\n"
+            ),
+            "## What is other than in QEMU\n",
+            table(
+                ("what", "here", "why"),
+                [
+                    (
+                        "version",
+                        "10.0.0, `package` is `whimbrel` and its version",
+                        "`device` on the way to `completed`, `channels` and `exit-on-error` are the surface of that release",
+                    ),
+                    ("clients", "several at once", "a person can look on while a program migrates"),
+                    (
+                        "`oob`",
+                        "not offered",
+                        "no command needs it: none waits for another client's",
+                    ),
+                    (
+                        "limits of a message",
+                        f"{limits.size >> 10} KiB, {limits.tokens} tokens, nesting {limits.nesting}; QEMU: 64 MiB, 2 Mi, 1024",
+                        "memory that any client can take is bounded; requests here are small",
+                    ),
+                    (
+                        "numbers",
+                        "integers of any length come back in `id` as they were; what is no finite number is an error",
+                        "QEMU makes floating-point numbers of the former, and answers `inf` to `1e999`, which is no JSON",
+                    ),
+                    (
+                        "capabilities and parameters",
+                        "those that the kernel and the plugins declare, by aliases as well",
+                        "without the plugin there is no setting",
+                    ),
+                    (
+                        "`return-path`",
+                        "on unless switched off",
+                        "[the promise](../explanation/promise.md) lives by it",
+                    ),
+                    (
+                        "`migrate_cancel`",
+                        "an error after the point of no return",
+                        "the destination may run the machine already",
+                    ),
+                    (
+                        "`migrate` when blocked",
+                        "all reasons, separated by `; `",
+                        "QEMU names one",
+                    ),
+                    (
+                        "`migrate-incoming`",
+                        "`exit-on-error` is false unless asked for, and needs an app that can be ended",
+                        "an app is more than its machine; after a failure it may be told to listen again",
+                    ),
+                    (
+                        "`add-fd`",
+                        "a set holds one descriptor, whose name for `fd:` is `/dev/fdset/N`; `opaque` is not kept",
+                        "one list of named descriptors, the kernel's",
+                    ),
+                    (
+                        "`announce-self`",
+                        "announces once; `interfaces` is refused; refused where the machine is not",
+                        "how the network is told is the machine's and the plugins' affair",
+                    ),
+                    ("`quit`", "refused unless the app allows it", "see `Machine(quit=)`"),
+                    (
+                        "`query-migrate`",
+                        "`x-outcome`, `x-acknowledged`, `x-addresses` besides",
+                        "who may run the machine, whether the destination said so, where one can connect",
+                    ),
+                    (
+                        "`query-qmp-schema`",
+                        "of return values without declared members it says `any`",
+                        "generated from the functions",
+                    ),
+                    (
+                        "a mistake",
+                        "delays that client's next request by a few milliseconds",
+                        "a flood of them takes no time of others'",
+                    ),
+                    (
+                        "a syntax error of a tcp client that has not negotiated",
+                        "ends the connection",
+                        "a web page can make a browser of this host send requests of HTTP with commands in them",
+                    ),
+                ],
+            ),
+        ]
+    )
+
+
 # ---- wrong streams
 
 CLASSES = {
@@ -240,6 +384,7 @@ def main() -> int:
         "uris.md": uris_page(plugins),
         "settings.md": settings_page(plugins),
         "states.md": states_page(),
+        "monitor.md": monitor_page(plugins),
         "wrong-streams.md": wrong_streams_page(),
     }
     stale = []

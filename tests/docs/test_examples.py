@@ -66,7 +66,7 @@ def check_migctl(words, page):
         assert done.returncode == 0, f"{page.name}: migctl {words}: {done.stderr}"
         return
     while words and words[0].startswith("-"):
-        words = words[2 if words[0] == "-p" else 1 :]
+        words = words[2 if words[0] in ("-p", "-m") else 1 :]
     done = run([*MIGCTL, words[0], "--help"])
     assert done.returncode == 0, f"{page.name}: there is no migctl {words[0]}: {done.stderr}"
     for word in words[1:]:

@@ -1,9 +1,11 @@
 """Each example does what its first lines say."""
 
 import ast
+import contextlib
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -47,6 +49,64 @@ def test_moving(uri, tmp_path):
 
 def test_moving_has_under_30_lines_of_code():
     assert len(code_lines(EXAMPLES / "moving.py")) < 30
+
+
+def migctl(address, *arguments):
+    run = "from whimbrel_cli.main import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", run, "-m", address, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def end(address):
+    """As a person would with socat: both lines at once, and the answers until the end."""
+    with socket.socket(socket.AF_UNIX) as monitor:
+        monitor.settimeout(60)
+        monitor.connect(address.removeprefix("unix:"))
+        monitor.sendall(b'{"execute": "qmp_capabilities"}\n{"execute": "quit"}\n')
+        assert b"SHUTDOWN" in b"".join(iter(lambda: monitor.recv(4096), b""))
+
+
+def test_monitored(tmp_path):
+    with contextlib.ExitStack() as stack:
+
+        def start(name, *arguments):
+            app = stack.enter_context(
+                subprocess.Popen(
+                    [
+                        sys.executable,
+                        EXAMPLES / "monitored.py",
+                        f"unix:{tmp_path}/{name}",
+                        *arguments,
+                    ],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    text=True,
+                )
+            )
+            stack.callback(app.kill)
+            return app, app.stdout.readline().removeprefix("monitor at ").strip()
+
+        (here, a), (there, b) = start("a.qmp"), start("b.qmp", "wait")
+        uri = migctl(b, "incoming", "tcp:127.0.0.1:0").removeprefix("listening at ").strip()
+        assert "the destination has taken over" in migctl(a, "migrate", uri)
+        for app, address in ((here, a), (there, b)):
+            end(address)
+            said, errors = app.communicate(timeout=60)
+            assert app.returncode == 0, errors
+            state, counter = re.fullmatch(r"(\w+) with the counter at (\d+)\n", said).groups()
+            assert state == ("postmigrate" if app is here else "running")
+            assert int(counter) > 0
+
+
+def test_monitored_has_under_40_lines_of_code():
+    assert len(code_lines(EXAMPLES / "monitored.py")) < 40
 
 
 def test_the_third_party_transport_complies():

@@ -157,7 +157,7 @@ class App:
 
 @pytest.fixture
 def app(tmp_path):
-    """app(address=..., ram=..., waiting=..., **callbacks) -> App."""
+    """Makes apps: see App; the address is one in tmp_path unless given."""
     apps = []
 
     def make(address=None, **kwargs):

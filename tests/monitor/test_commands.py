@@ -4,7 +4,6 @@ import threading
 
 import pytest
 
-
 from whimbrel import RunState, Status
 from whimbrel_testing.peers import wait_until
 
@@ -166,8 +165,12 @@ def test_blockers(app):
 CHANNELS = {
     "tcp:h:1": {"transport": "socket", "type": "inet", "host": "h", "port": "1"},
     "tcp:[::1]:1,to=9,ipv6=on": {
-        **{"transport": "socket", "type": "inet", "host": "::1", "port": "1"},
-        **{"to": 9, "ipv6": True},
+        "transport": "socket",
+        "type": "inet",
+        "host": "::1",
+        "port": "1",
+        "to": 9,
+        "ipv6": True,
     },
     "unix:/a,b": {"transport": "socket", "type": "unix", "path": "/a,b"},
     "vsock:3:4": {"transport": "socket", "type": "vsock", "cid": "3", "port": "4"},
@@ -456,7 +459,7 @@ def test_an_app_that_gave_no_callback_goes_on(wire):
 
 
 def test_quit_may_close_the_monitor(app):
-    one = app(quit=lambda: one.monitor.close())
+    one = app(quit=lambda: one.monitor.close())  # noqa: PLW0108 - it is not there yet
     wire = one.client()
     assert wire.ask("quit") == {}
     assert wire.raw_line() == b""

@@ -6,7 +6,6 @@ import socket
 
 import pytest
 
-
 from whimbrel_monitor.client import MAX_FDS
 from whimbrel_monitor.commands.descriptors import MAX_NAMED
 from whimbrel_testing.peers import wait_until

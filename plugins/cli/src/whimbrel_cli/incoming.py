@@ -50,4 +50,4 @@ def _addresses(migration: dict[str, Any]) -> list[str]:
             found.append(f"tcp:{f'[{host}]' if ':' in host else host}:{address['port']}")
         elif address.get("type") == "unix":
             found.append(f"unix:{address['path']}")
-    return found
+    return list(dict.fromkeys(found))  # an app gives both

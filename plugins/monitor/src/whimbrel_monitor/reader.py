@@ -3,7 +3,7 @@
 Values follow each other with or without white space between them; strings may stand in single quotes (and escape them);
 a key comes once. After an error the reader goes on with what follows. A byte 0xFF is in no JSON: a client sends it to
 end whatever it has begun. The behaviour, the texts of errors included, is what QEMU 7.2 was seen to do; see
-docs/reference/qmp.md for where this differs.
+docs/reference/monitor.md for where this differs.
 """
 
 from __future__ import annotations

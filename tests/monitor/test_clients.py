@@ -164,6 +164,8 @@ def test_a_session_of_qmp_shell(app, qmp_shell, tmp_path, address):
     shell.type(f"migrate uri=unix:{tmp_path}/nobody")
     shell.shows(r'\{"return": \{\}\}')
     wait_until(lambda: one.kernel.state.has_failed, "failure")
+    shell.type("query-status")  # it reads what has come only while it waits for an answer
+    shell.shows('"paused"')
     shell.type("")
     shell.shows(r"STOP.*MIGRATION.*setup.*MIGRATION.*failed")
     shell.type("migrate-set-parameters max-bandwidth=abc")

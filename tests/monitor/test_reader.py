@@ -92,7 +92,7 @@ WRONG = {
     b"\xff\xff\n": [fault("stray '\ufffd'")] * 2,
     b'{"a":"\xc3"}': [fault("invalid UTF-8 sequence in string")],
     b'{"a":"\\x"}': [fault("invalid escape sequence in string")],
-    b'{"a":"\\u12"}': [fault("\\u12 is not a valid Unicode character")],
+    b'{"a":"\\u12"}': [fault('\\u12" is not a valid Unicode character')],
     b'{"a":"\\ud800\\u0041"}': [fault("\\ud800 is not a valid Unicode character")],
     b'{"a":"\\udc00"}': [fault("\\udc00 is not a valid Unicode character")],
     b'{"a":"\\uffff"}': [fault("\\uffff is not a valid Unicode character")],

@@ -153,7 +153,7 @@ class Reader:
             return None
         if data[end : end + 1] != quote:
             self._stray(end + (data[end] == 0x5C))
-        return self._take("string", end + 1, bytes(data[self._at + 1 : end]))
+        return self._take("string", end + 1, bytes(data[self._at + 1 : end + 1]))
 
     def _number(self) -> tuple[str, Any] | None:
         data = self._data
@@ -289,14 +289,16 @@ def _scalar(kind: str, value: Any) -> Any:
 
 
 def _text(data: bytes) -> str:
-    """What stands between the quotes. Surrogates must come in pairs; what is no character in Unicode is refused."""
+    """What stands before the end quote, which comes with it: an escape that is cut short is shown with it, as QEMU does.
+    Surrogates must come in pairs; what is no character in Unicode is refused.
+    """
     try:
         text = data.decode()
     except UnicodeDecodeError:
         _fail("invalid UTF-8 sequence in string")
     if "\\" in text:
         text = _ESCAPE.sub(_unescape, text)
-    return text
+    return text[:-1]
 
 
 def _unescape(match: re.Match[str]) -> str:

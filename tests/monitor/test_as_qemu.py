@@ -1,0 +1,133 @@
+"""The same bytes to a QEMU 7.2 and to our monitor: mistakes of syntax, what is no request, descriptors. The same answers."""
+
+import itertools
+import json
+import os
+
+import pytest
+
+pytestmark = pytest.mark.interop
+
+#: Each is followed by a right request, whose answer is the last one that is compared.
+SYNTAX = [
+    b"{} [] 'x' 5 true ",
+    b'{"a" "b"}',
+    b'{"a":1,}',
+    b"{,}",
+    b"{1:2}",
+    b'{{"a":1}:2}',
+    b'{"a":1 "b":2}',
+    b"[1 2]",
+    b"[1,]",
+    b"[1,2}]}",
+    b'{"a":[1,2}}',
+    b"}",
+    b"{]",
+    b'{"a":1,"a":2}',
+    b'{"a":nope}',
+    b"@abc 12 ",
+    b"@abc\n5 ",
+    b"@@ x\t1 ",
+    b"nope@",
+    b"Nope",
+    b"nulll ",
+    b"12abc ",
+    b'{"a":01}',
+    b'{"a":-}',
+    b'{"a":1.}',
+    b"1.5e+ 3",
+    b'{"a":"b\nc"}',
+    b'{"a":"b\x01"}',
+    b'{"a":"\xff',
+    b"\xff\xff\n",
+    b'{"a":[[[\xff',
+    b'{"a":"\xc3"}',
+    b'{"a":"\xed\xa0\x80"}',
+    b'{"a":"\\x"}',
+    b'{"a":"\\u12"}',
+    b'{"a":"\\u00zz"}',
+    b'{"a":"\\ud800\\u0041"}',
+    b'{"a":"\\ud800"}',
+    b'{"a":"\\udc00"}',
+    b'{"a":"\\uffff"}',
+    b'{"a":"\\ufdd0"}',
+    b'{"execute":"query-status","id":@,"x":1}',
+    b'{"execute":5}',
+    b'{"execute":"query-status","arguments":[]}',
+    b'{"execute":"query-status","arguments":null,"id":1}',
+    b'{"execute":"query-status","foo":1,"id":2}',
+    b'{"id":{"a":[]}}',
+    b'{"execute":""}',
+    b'{"execute":"a%s\\u00e9\\n"}',
+    b'{"execute":"query-status","arguments":{"x":1}}',
+    b"{'execute':'query-commands-not','id':'it\\'s \"x\"'}",
+]
+
+
+@pytest.fixture
+def two(app, qemu, tmp_path):
+    """Clients of both, by the same means."""
+    from types import SimpleNamespace
+
+    address = f"unix:{tmp_path}/qemu.qmp"
+    args = ("-M", "none", "-qmp", f"{address},server=on,wait=off", "-S")
+    qemu(*args, version="7.2")
+    ours = app()
+    theirs = type(ours).stranger(SimpleNamespace(address=address, clients=ours.clients))
+    return ours.client(), theirs.negotiate()
+
+
+def answers(wire, data, number):
+    """Up to that of a request behind it."""
+    wire.send(data + b'{"execute":"no-such","id":"end %d"}' % number)
+    told = []
+    while not told or told[-1].get("id") != f"end {number}":
+        told.append(wire.line())
+    return told
+
+
+def test_what_is_wrong_is_said_alike(two):
+    ours, theirs = two
+    for number, data in enumerate(SYNTAX):
+        assert answers(ours, data, number) == answers(theirs, data, number), data
+
+
+def test_descriptors(two):
+    numbers = itertools.count()
+    fd = os.open(os.devnull, os.O_RDWR)
+
+    def steps(wire):
+        def say(command, fds=(), **arguments):
+            return wire.reply(command, fds, **arguments)
+
+        yield say("getfd", fdname="a")
+        yield say("getfd", [fd], fdname="1a")
+        yield say("getfd", fdname="a")
+        yield say("getfd", [fd], fdname="a")
+        yield say("getfd", [fd], fdname="a")
+        yield say("closefd", fdname="a")
+        yield say("closefd", fdname="a")
+        wire.send(" ", [fd, fd, fd])
+        yield say("query-fdsets")
+        yield say("getfd", fdname="a")
+        yield say("getfd", fdname="b")
+        wire.send(" ", [fd])
+        wire.send(" ", [fd])
+        yield say("getfd", fdname="a")
+        yield say("getfd", fdname="b")
+        yield say("add-fd", fdset_id=-1)
+        yield say("add-fd", [fd], fdset_id=-1)
+        yield say("add-fd", [fd])["return"]["fdset-id"]
+        yield say("add-fd", [fd], fdset_id=7)["return"]["fdset-id"]
+        yield say("remove-fd", fdset_id=7, fd=100_000)
+        yield say("remove-fd", fdset_id=9)
+        sets = say("query-fdsets")["return"]
+        yield sorted(s["fdset-id"] for s in sets), [len(s["fds"]) for s in sets]
+        yield say("remove-fd", fdset_id=0)  # QEMU keeps it as long as it has a second monitor
+
+    try:
+        for ours, theirs in zip(*map(steps, two), strict=True):
+            assert ours == theirs, (next(numbers), json.dumps(ours), json.dumps(theirs))
+            next(numbers)
+    finally:
+        os.close(fd)

@@ -52,7 +52,8 @@ class Machine:
     fence(generation)   True if this side now has the sole right to run that generation of the machine (a lease, a
                         lock on the disk), False if the other side has it. None as the callback: no fence.
     announce()          tell the network where the machine is now (destination, before start).
-    quit()              end the program, on request of a monitor. None: it cannot be ended that way.
+    quit()              end the program, on request of a monitor: wake whoever waits for that. None: it cannot be ended
+                        that way.
 
     `call` takes a function, runs it on the thread or event loop that owns the machine, and returns its result.
     """

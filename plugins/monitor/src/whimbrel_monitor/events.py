@@ -38,8 +38,8 @@ def of(kernel: Kernel, notification: Notification) -> dict[str, Any] | None:
     what = notification.what
     if what in (What.STOP, What.RESUME):
         return make(what.name)
-    if what is What.STATE and kernel.settings["events"]:
+    if what is What.STATE and kernel.settings.get("events"):
         return make("MIGRATION", {"status": str(notification.new)})
-    if what is What.PASS and kernel.settings["events"]:
+    if what is What.PASS and kernel.settings.get("events"):
         return make("MIGRATION_PASS", {"pass": notification.pass_number})
     return None

@@ -72,7 +72,7 @@ class Choice(Kind):
         if not isinstance(value, str):
             raise _wrong_type(path, "string")
         if value not in self.words:
-            leaf = path.rpartition(".")[2]
+            leaf = path.rpartition(".")[2].partition("[")[0]
             raise ArgumentError(f"Parameter '{leaf}' does not accept value '{value}'")
         return self.make(value)
 

@@ -150,6 +150,10 @@ class Server:
             finally:
                 channel.close()
             sock.setblocking(False)
+            if (
+                sock.family != socket.AF_UNIX
+            ):  # of a lost host, or else its place would be taken for ever
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             self._call(self._admit, sock)
 
     # ---- on the loop

@@ -22,7 +22,8 @@ VERSION: dict[str, Any] = {
 
 GENERIC, NOT_FOUND = "GenericError", "CommandNotFound"
 NEGOTIATE = "qmp_capabilities"
-_NAMES = kinds.Array(kinds.STR)
+#: There is nothing to enable: oob is not offered.
+NEGOTIATE_ARGUMENTS = (kinds.Member("enable", kinds.Array(kinds.Choice(())), required=False),)
 
 
 class QmpError(LocalError):
@@ -82,28 +83,15 @@ class Session:
             if "id" in value:
                 given = (value["id"],)
             request = Request(id=given, **_checked(value))
-            if request.execute == NEGOTIATE:
-                return self._negotiate(request)
-            if not self.negotiated:
+            if self.negotiated:
+                return request  # qmp_capabilities is a command then, which refuses
+            if request.execute != NEGOTIATE:
                 raise QmpError(NOT_FOUND, f"Expecting capabilities negotiation with '{NEGOTIATE}'")
+            kinds.check_members(NEGOTIATE_ARGUMENTS, request.arguments)
+            self.negotiated = True
+            return request.reply(None)
         except LocalError as error:
             return refusal(error, given)
-        return request
-
-    def _negotiate(self, request: Request) -> bytes:
-        """There is nothing to enable: oob is not offered."""
-        for name, value in request.arguments.items():
-            if name != "enable":
-                raise LocalError(f"Parameter '{name}' is unexpected")
-            wanted = _NAMES.check(value, name)
-            if wanted:
-                raise LocalError(f"Parameter 'enable' does not accept value '{wanted[0]}'")
-        if self.negotiated:
-            raise QmpError(
-                NOT_FOUND, "Capabilities negotiation is already complete, command ignored"
-            )
-        self.negotiated = True
-        return request.reply(None)
 
 
 def _checked(message: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,13 @@ from typing import Any
 
 from whimbrel_monitor import Context, command
 from whimbrel_monitor.schema import schema
-from whimbrel_monitor.session import NEGOTIATE, VERSION
+from whimbrel_monitor.session import NEGOTIATE, NEGOTIATE_ARGUMENTS, NOT_FOUND, VERSION, QmpError
+
+
+@command(NEGOTIATE, arguments=lambda kernel: NEGOTIATE_ARGUMENTS)
+def qmp_capabilities(ctx: Context, enable: list[str] | None = None) -> None:
+    """Comes first, and once: then commands are taken and events are sent. There is nothing to enable."""
+    raise QmpError(NOT_FOUND, "Capabilities negotiation is already complete, command ignored")
 
 
 @command("query-version")
@@ -18,7 +24,7 @@ def query_version(ctx: Context) -> dict[str, Any]:
 @command("query-commands")
 def query_commands(ctx: Context) -> list[dict[str, Any]]:
     """The names of all commands, those of other plugins included."""
-    return [{"name": name} for name in sorted({NEGOTIATE, *ctx.commands})]
+    return [{"name": name} for name in ctx.commands]
 
 
 @command("query-qmp-schema")

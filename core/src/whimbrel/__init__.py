@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 _WHERE = {
     "kernel": "Kernel get_current",
     "handle": "Monitor",
+    "health": "Check Health",
     "machine": "Machine RunState",
     "channel": "Channel Filter FilterSpec Listener Role Transport TransportContext TransportSpec",
     "savevm": "Budget LiveSaveVMHandler LoadContext Mode Pending Priority SaveVMHandler",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
         UriError as UriError,
     )
     from whimbrel.handle import Monitor as Monitor
+    from whimbrel.health import Check as Check, Health as Health
     from whimbrel.hookspecs import API as API, hookimpl as hookimpl
     from whimbrel.kernel import Kernel as Kernel, get_current as get_current
     from whimbrel.machine import Machine as Machine, RunState as RunState

@@ -28,6 +28,7 @@ import pluggy
 if TYPE_CHECKING:
     from whimbrel.channel import FilterSpec, TransportSpec
     from whimbrel.handle import Monitor
+    from whimbrel.health import Check
     from whimbrel.kernel import Kernel
     from whimbrel.machine import Machine
     from whimbrel.notifiers import Notification
@@ -109,3 +110,7 @@ def cli_commands() -> list[Any]:  # type: ignore[empty-body]
 @hookspec
 def monitor_commands() -> list[Any]:  # type: ignore[empty-body]
     """Commands (whimbrel_monitor.Command) to add to a monitor. Called when whimbrel-monitor opens one."""
+def health() -> list[Check]:  # type: ignore[empty-body]
+    """What the plugin finds of what it needs on this host: kernel features, limits, packages. Called by `migctl doctor`
+    only; quick, and without a trace: whatever is opened for a look is closed again.
+    """

@@ -288,13 +288,23 @@ class Plugins:
 
     def collect(self, hook: str, **arguments: Any) -> Iterator[tuple[PluginInfo, Any]]:
         """Call every plugin's implementation; one that raises is logged and left out."""
+        for info, result, error in self.attempt(hook, **arguments):
+            if error is not None:
+                log.error("plugin %s failed in %s", info.source, hook, exc_info=error)
+            else:
+                yield info, result
+
+    def attempt(
+        self, hook: str, **arguments: Any
+    ) -> Iterator[tuple[PluginInfo, Any, Exception | None]]:
+        """Call every plugin's implementation; what it returns, or what it raises."""
         for info, function in self._implementations(hook):
             try:
                 result = function(arguments)
-            except Exception:
-                log.exception("plugin %s failed in %s", info.source, hook)
+            except Exception as error:
+                yield info, None, error
             else:
-                yield info, result
+                yield info, result, None
 
     def _implementations(
         self, hook: str

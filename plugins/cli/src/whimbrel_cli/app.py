@@ -36,6 +36,7 @@ _OWN = {
     "cancel": "control:cancel",
     "caps": "settings:caps",
     "cont": "control:cont",
+    "doctor": "doctor:doctor",
     "incoming": "incoming:incoming",
     "migrate": "migrate:migrate",
     "params": "settings:params",
@@ -43,6 +44,7 @@ _OWN = {
     "set": "settings:set_",
     "status": "control:status",
     "stop": "control:stop",
+    "watch": "watch:watch",
 }
 
 

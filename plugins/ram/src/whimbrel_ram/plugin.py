@@ -13,6 +13,7 @@ from whimbrel_ram.trackers import AUTO, BUILT_IN, TrackerSpec, choose
 
 if TYPE_CHECKING:
     from whimbrel.channel import Channel
+    from whimbrel.health import Check
     from whimbrel.kernel import Kernel
     from whimbrel.machine import Machine
     from whimbrel.plugins import PluginInfo
@@ -142,6 +143,13 @@ def savevm_handlers(kernel: Kernel, machine: Machine) -> list[SaveVMHandler]:
             converge=converge,
         )
     ]
+
+
+@hookimpl
+def health() -> list[Check]:
+    from whimbrel_ram.health import checks
+
+    return list(checks())
 
 
 def _trackers(kernel: Kernel) -> list[TrackerSpec]:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from whimbrel import TransportSpec, hookimpl
+
+if TYPE_CHECKING:
+    from whimbrel import Check
 
 whimbrel_api = (1, 0)
 
@@ -17,3 +22,10 @@ def transports() -> list[TransportSpec]:
             summary="a UNIX socket on this host",
         )
     ]
+
+
+@hookimpl
+def health() -> list[Check]:
+    from whimbrel_unix.health import checks
+
+    return checks()

@@ -38,20 +38,26 @@ def probe(blocks: Sequence[RAMBlock]) -> str | None:
     try:
         fd = kernelapi.open_uffd(kernelapi.WP_FEATURES)
     except OSError as error:
-        if error.errno == errno.EINVAL:
-            return "userfaultfd has no asynchronous write-protection here: that came with Linux 6.7"
-        if error.errno == errno.ENOSYS:
-            return "there is no userfaultfd here (Linux with CONFIG_USERFAULTFD)"
-        if error.errno in (errno.EPERM, errno.EACCES):
-            return f"userfaultfd is not allowed here ({error.strerror}): a container's seccomp profile must permit it"
-        return f"userfaultfd: {error.strerror}"
+        return why_not(error)
     try:
-        return _probe_scan(fd) or _probe_blocks(fd, blocks)
+        return probe_scan(fd) or _probe_blocks(fd, blocks)
     finally:
         os.close(fd)
 
 
-def _probe_scan(uffd: int) -> str | None:
+def why_not(error: OSError) -> str:
+    """What an error of open_uffd() means."""
+    if error.errno == errno.EINVAL:
+        return "userfaultfd has no asynchronous write-protection here: that came with Linux 6.7"
+    if error.errno == errno.ENOSYS:
+        return "there is no userfaultfd here (Linux with CONFIG_USERFAULTFD)"
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return f"userfaultfd is not allowed here ({error.strerror}): a container's seccomp profile must permit it"
+    return f"userfaultfd: {error.strerror}"
+
+
+def probe_scan(uffd: int) -> str | None:
+    """What is missing of PAGEMAP_SCAN, tried on a page of its own."""
     with mmap.mmap(-1, HOST_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
         block = RAMBlock("probe", HOST_PAGE, memory=page, page_size=HOST_PAGE)
         try:

@@ -103,3 +103,101 @@ def test_a_stall_is_since_less_was_left_than_ever():
 def test_an_answer_without_figures_is_a_reading_too():
     reading = Estimator().feed({"status": "setup"}, 0.0)
     assert (reading.status, reading.total, reading.eta, reading.fraction) == ("setup", 0, None, 0)
+
+
+COUNT = st.integers(0, 1 << 45)
+
+
+@st.composite
+def answers(draw):
+    """What a monitor may answer, in any order: figures that no model would give, members that come and go."""
+    answer = {
+        "status": draw(
+            st.sampled_from(["setup", "active", "device", "postcopy-active", "cancelling"])
+        )
+    }
+    for member in ("total-time", "expected-downtime"):
+        if draw(st.booleans()):
+            answer[member] = draw(st.integers(0, 1 << 40))
+    if draw(st.integers(0, 5)):
+        names = ("total", "remaining", "transferred", "normal", "duplicate", "dirty-pages-rate")
+        answer["ram"] = {name: draw(COUNT) for name in names}
+        answer["ram"]["dirty-sync-count"] = draw(st.integers(0, 9))
+    if draw(st.booleans()):
+        total = draw(COUNT)
+        answer["disk"] = {"total": total, "remaining": draw(st.integers(0, total))}
+    return answer
+
+
+@given(st.lists(st.tuples(answers(), st.floats(0, 30)), max_size=30))
+@settings(deadline=None, max_examples=300)
+def test_whatever_is_answered_the_figures_make_sense(sequence):
+    estimator, now, before = Estimator(), 0.0, 0.0
+    for answer, step in sequence:
+        now += step
+        reading = estimator.feed(answer, now)
+        assert before <= reading.fraction <= 0.99
+        before = reading.fraction
+        assert (reading.eta is None) == (reading.eta_range is None)
+        if reading.eta_range is not None:
+            low, high = reading.eta_range
+            assert 0 <= low <= reading.eta <= high
+        assert reading.excess is None or reading.excess >= 0.95
+        assert 0 <= estimator.stalled_for(now) <= now
+
+
+def test_one_who_looks_in_late_is_not_told_that_it_is_nearly_done():
+    """Before there is a rate, nobody knows how much will come again."""
+    late = [
+        {
+            "status": "active",
+            "ram": {
+                "page-size": PAGE,
+                "total": 20_000 * PAGE,
+                "remaining": (4000 - 250 * i) * PAGE,
+                "normal": 100_000 + 250 * i,
+                "transferred": 1,
+                "dirty-sync-count": 7,
+                "dirty-pages-rate": 1000,
+            },
+        }
+        for i in range(10)
+    ]
+    estimator = Estimator()
+    seen = [estimator.feed(answer, i / 4) for i, answer in enumerate(late)]
+    assert {r.fraction for r in seen} == {0.0}
+    assert seen[-1].excess == pytest.approx(1.0)
+
+
+def test_passes_that_begin_with_less_and_less_are_progress():
+    """Each longer than the patience that one without progress gets, and each ending with next to nothing left."""
+    estimator, now = Estimator(), 0.0
+    for number, size in enumerate([1000, 500, 250, 125], start=1):
+        for left in range(size, 0, -1):
+            ram = {"dirty-sync-count": number, "remaining": left * PAGE, "total": 1000 * PAGE}
+            estimator.feed({"status": "active", "ram": ram}, now)
+            assert estimator.stalled_for(now) < 1
+            now += 0.1
+
+
+def test_a_link_that_hangs_in_the_first_pass_is_a_stall():
+    estimator = Estimator()
+    ram = {"dirty-sync-count": 1, "remaining": 10 * PAGE, "total": 1000 * PAGE}
+    for now in range(20):
+        estimator.feed({"status": "active", "ram": ram}, float(now))
+    assert estimator.stalled_for(19.0) == 19
+
+
+def test_disks_are_work_like_memory():
+    """Block migration sends them before the first page of memory."""
+    ram = {"total": 100 * PAGE, "remaining": 100 * PAGE, "dirty-sync-count": 1}
+    estimator = Estimator()
+    for tick in range(5):
+        disk = {"total": 100 * PAGE, "remaining": (100 - 20 * tick) * PAGE}
+        reading = estimator.feed({"status": "active", "ram": ram, "disk": disk}, float(tick))
+    assert (reading.remaining, reading.total) == (120 * PAGE, 200 * PAGE)
+    assert reading.throughput == 20 * PAGE
+    assert reading.fraction == pytest.approx(80 / (200 + 10))
+    assert reading.eta == pytest.approx((120 + 10) / 20)
+    reading = estimator.feed({"status": "completed", "ram": {**ram, "remaining": 0}}, 5.0)
+    assert (reading.disk.remaining, reading.disk.total, reading.fraction) == (0, 100 * PAGE, 1)

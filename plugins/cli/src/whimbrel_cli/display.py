@@ -39,6 +39,16 @@ def choose(title: str, *, as_json: bool) -> Display:
     return _Live(title) if sys.stderr.isatty() else _Lines()
 
 
+def members(reading: Reading) -> dict[str, Any]:
+    """A reading for JSON."""
+    found = attrs.asdict(reading)
+    found["pass"] = found.pop("number")
+    return {
+        name.replace("_", "-"): round(value, 4) if isinstance(value, float) else value
+        for name, value in found.items()
+    }
+
+
 class _Json:
     """One object a line on standard output."""
 
@@ -57,13 +67,7 @@ class _Json:
             if status == reading.status and reading.elapsed - elapsed < _BETWEEN:
                 return
         self._last = reading.status, reading.elapsed
-        members = attrs.asdict(reading)
-        members["pass"] = members.pop("number")
-        told = {
-            name.replace("_", "-"): round(value, 4) if isinstance(value, float) else value
-            for name, value in members.items()
-        }
-        remote.tell_json({"event": "progress", **told})
+        remote.tell_json({"event": "progress", **members(reading)})
 
     def note(self, text: str) -> None:
         remote.tell_json({"event": "note", "text": text})
@@ -131,6 +135,16 @@ class _Live:
         self._live.stop()
 
 
+def state(reading: Reading) -> str:
+    status = printable(reading.status)
+    return f"{status}, pass {reading.number}" if reading.number else status
+
+
+def percent(reading: Reading) -> int:
+    """Of the work, rounded down: 100 is done."""
+    return int(reading.fraction * 100)
+
+
 def render(title: str, reading: Reading) -> RenderableType:
     """Four lines: where to, the bar, what flows, what to expect."""
     from rich.console import Group
@@ -140,32 +154,37 @@ def render(title: str, reading: Reading) -> RenderableType:
     head = Table.grid(expand=True, padding=(0, 1, 0, 0))
     head.add_column(ratio=1, overflow="ellipsis", no_wrap=True)
     head.add_column(justify="right", no_wrap=True)
-    state = f"{reading.status}, pass {reading.number}" if reading.number else reading.status
     head.add_row(
-        Text(printable(title), style="bold"), Text(f"{state}, {units.time(reading.elapsed)}")
+        Text(printable(title), style="bold"),
+        Text(f"{state(reading)}, {units.time(reading.elapsed)}"),
     )
     lines: list[RenderableType] = [head]
     if reading.total:
-        lines += [_bar(reading), Text(_flow(reading)), Text(expectation(reading))]
+        lines.append(_bar("", reading.fraction, reading.remaining, reading.total))
+        if (disk := reading.disk) is not None and disk.total:
+            sent = 1 - disk.remaining / disk.total
+            lines.append(_bar("of it, disks", sent, disk.remaining, disk.total))
+        lines += [Text(_flow(reading)), Text(expectation(reading))]
     if reading.excess is not None:
-        lines.append(Text(divergence(reading.excess), style="bold red"))
+        lines.append(Text(divergence(reading), style="bold red"))
     return Group(*lines)
 
 
-def _bar(reading: Reading) -> RenderableType:
+def _bar(name: str, fraction: float, left: int, total: int) -> RenderableType:
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
 
     line = Table.grid(expand=True, padding=(0, 1, 0, 0))
+    if name:
+        line.add_column(no_wrap=True)
     line.add_column(ratio=1)
     line.add_column(justify="right", no_wrap=True)
-    line.add_row(
-        ProgressBar(total=1.0, completed=reading.fraction),
-        Text(
-            f"{int(reading.fraction * 100):3} %  {units.size(reading.remaining)} left of {units.size(reading.total)}"
-        ),
-    )
+    cells: list[RenderableType] = [
+        ProgressBar(total=1.0, completed=fraction),
+        Text(f"{int(fraction * 100):3} %  {units.size(left)} left of {units.size(total)}"),
+    ]
+    line.add_row(*([Text(name)] if name else []), *cells)
     return line
 
 
@@ -187,8 +206,14 @@ def expectation(reading: Reading) -> str:
     return f"{text}, {units.time(reading.eta)} to go ({units.time(low)} to {units.time(high)})"
 
 
-def divergence(excess: float) -> str:
-    return f"not converging: memory is written {excess:.1f} times as fast as it is sent"
+def divergence(reading: Reading) -> str:
+    """Why it does not end, and by what factor."""
+    excess, text = reading.excess or 1.0, "not converging: memory gets dirty"
+    text += " as fast as it is sent" if excess < 1.05 else f" {excess:.1f} times as fast as it is sent"
+    if reading.overdue is None or reading.overdue < 1 or reading.expected_downtime is None:
+        return text
+    down = units.time(reading.expected_downtime)
+    return f"{text}; the rest would take {down}, {reading.overdue:.1f} times the downtime limit"
 
 
 def summary(migration: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import re
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Self, TypeVar
@@ -27,13 +28,22 @@ class Refused(LocalError):
     """The monitor answered with an error: `error_class` is QMP's, `description` its text."""
 
     def __init__(self, address: str, command: str, error_class: str, description: str) -> None:
-        super().__init__(f"{address} refuses {command}: {printable(description)}")
+        self.reason = f"refuses {command}: {printable(description)}"
+        super().__init__(f"{address} {self.reason}")
         self.error_class = error_class
         self.description = description
 
 
 class Gone(ChannelError):
-    """Nobody answers at the monitor (any more)."""
+    """Nobody answers at the monitor (any more): why, in `reason`."""
+
+    def __init__(self, message: str, reason: str, *, hint: str | None = None) -> None:
+        super().__init__(f"{message}: {reason}", hint=hint)
+        self.reason = reason
+
+
+class Taken(Gone):
+    """The monitor is there and does not greet: it serves another program, or the machine hangs."""
 
 
 def parse_address(text: str) -> SocketAddrT:
@@ -47,11 +57,12 @@ def parse_address(text: str) -> SocketAddrT:
 class Monitor:
     """Connected from its making to close()."""
 
-    def __init__(self, address: str) -> None:
-        """Raises Gone when nobody answers there."""
+    def __init__(self, address: str, patience: float = PATIENCE) -> None:
+        """patience: seconds for an answer. Raises Gone when nobody answers there, Taken when somebody else has it."""
         from qemu.qmp import QMPClient, QMPError
 
         self.address = address
+        self._patience = patience
         self._loop = asyncio.new_event_loop()
         self._client = QMPClient("migctl")
         self._client.logger.disabled = True  # what goes wrong is ours to tell
@@ -60,17 +71,40 @@ class Monitor:
             self._run(self._client.connect(parse_address(address)))
         except (QMPError, OSError, EOFError, TimeoutError) as error:
             self._loop.close()
-            raise Gone(
-                f"nobody answers at the monitor {address}: {_reason(error)}",
-                hint="A QEMU started with -qmp unix:PATH,server=on,wait=off answers at unix:PATH, to one program"
-                " at a time",
-            ) from error
+            raise self._unanswered(error) from error
         except BaseException:
             self._loop.close()
             raise
 
+    def _unanswered(self, error: BaseException) -> Gone:
+        """What a failure to connect means. A QEMU that serves another client lets one or two more wait unanswered; the
+        socket of one that does not even wait is not connected, and reading from it is an invalid argument.
+        """
+        inner = _innermost(error)
+        waiting = isinstance(error, TimeoutError) or getattr(inner, "errno", 0) == errno.EINVAL
+        if waiting and isinstance(parse_address(self.address), str):
+            return Taken(
+                f"the monitor {self.address} is there and does not answer",
+                "it serves another program, or the machine hangs",
+                hint="A QEMU's monitor serves one program at a time: end the other, or give QEMU a second -qmp",
+            )
+        return Gone(
+            f"nobody answers at the monitor {self.address}",
+            self._reason(error),
+            hint="A QEMU started with -qmp unix:PATH,server=on,wait=off answers at unix:PATH, to one program"
+            " at a time",
+        )
+
+    def _reason(self, error: BaseException) -> str:
+        if isinstance(error, TimeoutError) and not str(error):
+            return f"no answer within {self._patience:.0f} s"
+        inner = _innermost(error)
+        if isinstance(inner, OSError) and inner.strerror:
+            return inner.strerror
+        return printable(str(inner)) or type(inner).__name__
+
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        return self._loop.run_until_complete(asyncio.wait_for(coroutine, PATIENCE))
+        return self._loop.run_until_complete(asyncio.wait_for(coroutine, self._patience))
 
     def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:
         """What the command returns. Raises Refused, Gone."""
@@ -82,7 +116,7 @@ class Monitor:
             told = error.error.error
             raise Refused(self.address, command, told.class_, told.desc) from error
         except (QMPError, OSError, EOFError, TimeoutError) as error:
-            raise Gone(f"the monitor {self.address} is gone: {_reason(error)}") from error
+            raise Gone(f"the monitor {self.address} is gone", self._reason(error)) from error
 
     def hand_over(self, name: str, fd: int) -> None:
         """Give it a descriptor under a name (for fd:NAME); the caller keeps and closes its own. Raises Refused, Gone."""
@@ -92,7 +126,8 @@ class Monitor:
             self._client.send_fd_scm(fd)
         except (QMPError, OSError) as error:
             raise Gone(
-                f"{self.address} cannot take a descriptor: {error}",
+                f"{self.address} cannot take a descriptor",
+                self._reason(error),
                 hint="Descriptors pass through UNIX sockets only: name the monitor as unix:PATH, on its own host",
             ) from error
         self.execute("getfd", {"fdname": name})
@@ -145,13 +180,8 @@ class Monitor:
         self.close()
 
 
-def _reason(error: BaseException) -> str:
-    """The innermost: qemu.qmp wraps what went wrong."""
-    if isinstance(error, TimeoutError) and not str(error):
-        return f"no answer within {PATIENCE:.0f} s"
-    inner = error
-    while (cause := inner.__cause__) is not None:
-        inner = cause
-    if isinstance(inner, OSError) and inner.strerror:
-        return inner.strerror
-    return printable(str(inner)) or type(inner).__name__
+def _innermost(error: BaseException) -> BaseException:
+    """qemu.qmp wraps what went wrong."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error

@@ -4,11 +4,14 @@ Work is counted in bytes of memory dealt with, zero pages included. What is stil
 with r the dirty rate over the rate at which memory is dealt with, each pass leaves r times its size to the next. Of what
 is left and what got dirty since the pass began, (left + dirty)/(1 - r) comes (a geometric series, without an end where
 r >= 1), less the tail that is never sent because the machine stands still for the last pass.
+
+Block migration (member `disk`) sends the disks once before it begins with memory: their bytes are work like any other.
 """
 
 from __future__ import annotations
 
 import collections
+import math
 from typing import Any
 
 import attrs
@@ -26,6 +29,14 @@ _PASSES = 3
 ENDED = ("completed", "failed", "cancelled")
 
 
+@attrs.frozen
+class Disk:
+    """What block migration has to do, in bytes."""
+
+    remaining: int
+    total: int
+
+
 @attrs.frozen(kw_only=True)
 class Reading:
     """One look at a migration. Sizes in bytes, rates in bytes/s, times in seconds; None: not known (yet)."""
@@ -36,15 +47,18 @@ class Reading:
     sent: int
     remaining: int
     total: int
+    disk: Disk | None  # of all that: the disks
     throughput: float | None
     dirty_rate: float | None
     expected_downtime: float | None
     fraction: float  # of the estimated work, never less than before
     eta: float | None
     eta_range: tuple[float, float] | None  # from nothing gets dirty any more, to slower and dirtier
-    excess: (
-        float | None
-    )  # memory is written so many times as fast as it is sent: it does not converge
+    #: It does not converge: memory gets dirty so many times as fast as it is sent. A little over 1 where every page that
+    #: is written at all is written within each pass, for a page counts once, however often it was written.
+    excess: float | None
+    #: What a pass leaves takes so many times as long as the machine may stand still.
+    overdue: float | None
     throttle: int | None  # percent
 
 
@@ -59,8 +73,8 @@ class Estimator:
         self._pass = 0
         self._fraction = 0.0
         self._began: float | None = None
-        self._least: int | None = None
-        self._progressed: float | None = None
+        self._disk: Disk | None = None
+        self._progress = _Progress()
 
     def feed(self, migration: dict[str, Any], now: float) -> Reading:
         """now: seconds of a monotonic clock."""
@@ -72,45 +86,63 @@ class Estimator:
             if self._pass <= 1:
                 self._past.clear()  # the first pass skims over memory that was never written
             self._pass, self._pass_began = number, now
-        pages = ram.get("normal", 0) + ram.get("duplicate", 0)
-        done = page * (pages + migration.get("xbzrle-cache", {}).get("pages", 0))
-        sent, remaining = ram.get("transferred", 0), ram.get("remaining", 0)
         status = migration.get("status", "none")
+        disk = self._read_disk(migration, status)
+        pages = ram.get("normal", 0) + ram.get("duplicate", 0)
+        pages += migration.get("xbzrle-cache", {}).get("pages", 0)
+        stored = 0 if disk is None else disk.total - disk.remaining
+        done, sent = page * pages + stored, ram.get("transferred", 0) + stored
+        remaining = ram.get("remaining", 0) + (0 if disk is None else disk.remaining)
         rates = self._rates(now, done, sent)
-        self._watch_progress(remaining, now)
+        self._progress.note(status, number, remaining, now)
         dirty = float(ram.get("dirty-pages-rate", 0) * page)
-        ratio = dirty / rates[0] if rates is not None and rates[0] > 0 else 0.0
-        rate = rates[0] if rates is not None else None
-        to_come = self._to_come(ram, dirty, ratio, now)
+        rate = rates[0] if rates is not None and rates[0] > 0 else None
+        ratio = None if rate is None else dirty / rate
+        to_come = self._to_come(ram, remaining, dirty, ratio, now)
         self._advance(status, done, to_come)
         eta, eta_range = None, None
-        if rate and to_come is not None:
-            worse = (
-                self._to_come(ram, dirty * 1.25, min(ratio * 1.25, _STEEP - 0.01), now) or to_come
-            )
-            eta, eta_range = to_come / rate, (remaining / rate, worse / rate / 0.8)
+        if rate is not None and to_come is not None and status not in ENDED:
+            steeper = min((ratio or 0) * 1.25, _STEEP - 0.01)
+            worse = self._to_come(ram, remaining, dirty * 1.25, steeper, now) or to_come
+            eta = to_come / rate
+            eta_range = min(remaining / rate, eta), max(worse / rate / 0.8, eta)
         total_time = migration.get("total-time")
         downtime = migration.get("expected-downtime", migration.get("downtime"))
+        excess = ratio if number >= _PASSES and status == "active" else None
+        if excess is not None and excess < _STEEP:
+            excess = None
         return Reading(
             status=status,
             elapsed=now - self._began if total_time is None else total_time / 1000,
             number=number,
             sent=sent,
             remaining=remaining,
-            total=ram.get("total", 0),
+            total=ram.get("total", 0) + (0 if disk is None else disk.total),
+            disk=disk,
             throughput=None if rates is None else rates[1],
             dirty_rate=dirty if number > 1 else None,
             expected_downtime=None if downtime is None else downtime / 1000,
             fraction=self._fraction,
             eta=eta,
             eta_range=eta_range,
-            excess=ratio if ratio >= _STEEP and number >= _PASSES and status == "active" else None,
+            excess=excess,
+            overdue=downtime / 1000 / self._limit
+            if excess is not None and downtime and self._limit
+            else None,
             throttle=migration.get("cpu-throttle-percentage"),
         )
 
     def stalled_for(self, now: float) -> float:
-        """Seconds since less was left than ever before."""
-        return 0.0 if self._progressed is None else now - self._progressed
+        """Seconds since there was progress: less left to send, in a pass that began with less than all before it."""
+        return self._progress.since(now)
+
+    def _read_disk(self, migration: dict[str, Any], status: str) -> Disk | None:
+        """The member goes when the migration has ended; what it said does not."""
+        if disk := migration.get("disk"):
+            self._disk = Disk(disk.get("remaining", 0), disk.get("total", 0))
+        elif status == "completed" and self._disk is not None:
+            self._disk = Disk(0, self._disk.total)
+        return self._disk
 
     def _rates(self, now: float, done: int, sent: int) -> tuple[float, float] | None:
         """Memory dealt with and bytes sent, a second."""
@@ -123,16 +155,14 @@ class Estimator:
             return None
         return (done - done_then) / (now - then), (sent - sent_then) / (now - then)
 
-    def _watch_progress(self, remaining: int, now: float) -> None:
-        if self._least is None or remaining < self._least or self._pass <= 1:
-            self._least, self._progressed = remaining, now
-
-    def _to_come(self, ram: dict[str, Any], dirty: float, ratio: float, now: float) -> float | None:
-        """Bytes of memory to deal with until the end; None where there is none in sight."""
-        left, total = ram.get("remaining", 0), ram.get("total", 0)
+    def _to_come(
+        self, ram: dict[str, Any], left: int, dirty: float, ratio: float | None, now: float
+    ) -> float | None:
+        """Bytes to deal with until the end; None where there is none in sight, or not yet."""
+        total = ram.get("total", 0)
         if self._pass <= 1:
             return float(left + total * _COMES_AGAIN)
-        if ratio >= _STEEP:
+        if ratio is None or ratio >= _STEEP:
             return None
         again = min(dirty * (now - self._pass_began), total)
         unsent = dirty * self._limit  # r times what the last pass, at most, sends
@@ -141,5 +171,31 @@ class Estimator:
     def _advance(self, status: str, done: int, to_come: float | None) -> None:
         if status == "completed":
             self._fraction = 1.0
-        elif done and to_come is not None:
+        elif done > 0 and to_come is not None:
             self._fraction = max(self._fraction, min(done / (done + to_come), 0.99))
+
+
+class _Progress:
+    """Since when there was none. Each pass ends with next to nothing left, and the next begins with what got dirty: what
+    counts is that passes begin with less and less.
+    """
+
+    def __init__(self) -> None:
+        self._last: float | None = None
+        self._pass = 0
+        self._began_with = self._left = 0
+        self._smallest = math.inf  # beginning of a pass before this one
+
+    def note(self, status: str, number: int, left: int, now: float) -> None:
+        self._last = now if self._last is None else self._last
+        if begins := number > self._pass:
+            if self._pass:
+                self._smallest = min(self._smallest, self._began_with)
+            self._pass, self._began_with, self._left = number, left, left
+        smaller = self._began_with < self._smallest or status.startswith("postcopy")
+        if smaller and (begins or left < self._left):
+            self._last = now
+        self._left = min(left, self._left)
+
+    def since(self, now: float) -> float:
+        return 0.0 if self._last is None else now - self._last

@@ -115,7 +115,7 @@ class _Following:
         now = time.monotonic()
         if reading.excess is not None and not self._told_divergence:
             self._told_divergence = True
-            self._display.note(divergence(reading.excess))
+            self._display.note(divergence(reading))
         stall = self._limits.stall
         if stall is not None and self._estimator.stalled_for(now) > stall:
             self._give_up(f"no progress for {units.time(stall)}", reading)
@@ -139,7 +139,7 @@ class _Following:
         if cancel_and_wait(self._monitor).startswith("completed"):
             return  # it was faster
         raise NotConverging(
-            f"{why}: cancelled" + (f"; {divergence(reading.excess)}" if reading.excess else ""),
+            f"{why}: cancelled" + (f"; {divergence(reading)}" if reading.excess else ""),
             hint="The machine runs on at the source. More bandwidth, a longer downtime, auto-converge=on or"
             " --on-timeout pause would let it end",
         )

@@ -41,12 +41,13 @@ class Site:
             **changes,
         }
 
-    def command(self, *args):
-        return [sys.executable, "-c", RUN, *args]
+    def command(self, *args, prelude=""):
+        """`prelude`: Python that runs first."""
+        return [sys.executable, "-c", f"{prelude}\n{RUN}", *args]
 
-    def migctl(self, *args, **changes):
+    def migctl(self, *args, prelude="", **changes):
         return subprocess.run(
-            self.command(*args),
+            self.command(*args, prelude=prelude),
             env=self.environment(**changes),
             capture_output=True,
             text=True,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import platform
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import click
@@ -13,6 +14,8 @@ import whimbrel
 from whimbrel_cli import __version__, logs
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from whimbrel import Plugins
 
 log = logging.getLogger("whimbrel.cli")
@@ -46,6 +49,14 @@ _OWN = {
     "stop": "control:stop",
     "watch": "watch:watch",
 }
+
+
+def similar(word: str, known: Iterable[str]) -> str:
+    """'Did you mean ...?', or nothing."""
+    import difflib
+
+    found = difflib.get_close_matches(word, list(known), n=1)
+    return f"Did you mean '{found[0]}'?" if found else ""
 
 
 class Selection:
@@ -113,6 +124,16 @@ class PluginGroup(click.Group):
             )
         return next(iter(claims.values()), None)
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            if close := similar(args[0], self.list_commands(ctx)):
+                error.message += f" {close}"
+            raise
+
     def _contributed(self, ctx: click.Context) -> dict[str, dict[str, click.Command]]:
         """Command name → plugin → command."""
         found: dict[str, dict[str, click.Command]] = {}
@@ -129,6 +150,14 @@ class PluginGroup(click.Group):
                 else:
                     log.warning("plugin %s offers a command that is no click.Command", info.source)
         return found
+
+
+def _complete_monitor(
+    ctx: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    from whimbrel_cli.completing import a_path
+
+    return a_path(ctx, parameter, incomplete)
 
 
 def _set_verbosity(ctx: click.Context, _: click.Parameter, value: int) -> int:
@@ -180,6 +209,7 @@ def _select_plugins(ctx: click.Context, _: click.Parameter, value: tuple[str, ..
     callback=_select_monitors,
     metavar="unix:PATH|HOST:PORT",
     envvar="MIGCTL_MONITOR",
+    shell_complete=_complete_monitor,
     help="The monitor (QMP) of the machine that a command is about. Repeatable for watch.  [env: MIGCTL_MONITOR]",
 )
 @click.option("--plugins", "list_plugins", is_flag=True, help="List the plugins and exit.")
@@ -194,7 +224,7 @@ def _select_plugins(ctx: click.Context, _: click.Parameter, value: tuple[str, ..
 def migctl(ctx: click.Context, list_plugins: bool, as_json: bool) -> None:
     """Watch and drive live migrations of whimbrel apps and of QEMU guests."""
     if as_json and not list_plugins:
-        raise click.UsageError("--json goes with --plugins", ctx)
+        raise click.UsageError("--json goes with --plugins, or behind a command", ctx)
     if list_plugins:
         _list(ctx, as_json)
         ctx.exit()

@@ -105,7 +105,7 @@ def cancel(ctx: click.Context, timeout: float, as_json: bool) -> None:
         ended = cancel_and_wait(monitor, timeout)
         run_state = monitor.run_state()
     if ended != "cancelled":
-        raise LocalError(f"there is nothing to cancel: the migration is {ended}")
+        raise LocalError(f"there is nothing to cancel: the migration is {ended}", hint="")
     remote.tell_done(f"cancelled; the machine is {run_state}", as_json, **{"run-state": run_state})
 
 
@@ -120,7 +120,10 @@ def cancel_and_wait(monitor: Monitor, timeout: float = 30.0) -> str:
     monitor.execute("migrate_cancel")
     while (now := monitor.migration().get("status", "none")) not in _ENDED:
         if time.monotonic() > deadline:
-            raise LocalError(f"still '{now}' {units.time(timeout)} after it was cancelled")
+            raise LocalError(
+                f"still '{now}' {units.time(timeout)} after it was cancelled",
+                hint="migctl status shows how it goes on",
+            )
         time.sleep(0.05)
     return str(now)
 
@@ -182,7 +185,7 @@ def resolve(ctx: click.Context, here: str | None, yes: bool, as_json: bool) -> N
         if monitor.has("x-whimbrel-resolve"):
             monitor.execute("x-whimbrel-resolve", {"run-here": here == "here"})
         elif (run_state := monitor.run_state()) != "postmigrate":
-            raise LocalError(f"there is nothing to settle: the machine is {run_state}")
+            raise LocalError(f"there is nothing to settle: the machine is {run_state}", hint="")
         elif here == "here":
             monitor.execute("cont")
         run_state = monitor.run_state()
@@ -201,7 +204,11 @@ def raise_unless_completed(migration: dict[str, Any], where: str) -> None:
     if ended == "cancelled":
         raise Cancelled("the migration was cancelled; the machine is where it was")
     if ended != "completed":
-        raise LocalError(f"the migration failed: {reason}")
+        raise LocalError(
+            f"the migration failed: {reason}",
+            hint="Look at the destination: does it listen there, and what does its log say?"
+            " migctl status shows how the machine is here",
+        )
 
 
 def check_blockers(migration: dict[str, Any]) -> None:

@@ -129,7 +129,7 @@ class _Live:
         self._live.refresh()
 
     def note(self, text: str) -> None:
-        self._console.print(printable(text), markup=False, soft_wrap=True)
+        self._console.print(printable(text), markup=False)
 
     def hide(self) -> None:
         self._live.stop()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from typing import TextIO
 
 LEVELS = (logging.WARNING, logging.INFO, logging.DEBUG)
 
@@ -16,6 +18,19 @@ def printable(text: str) -> str:
     )
 
 
+def folded(text: str, stream: TextIO) -> str:
+    """Broken at words where the stream is a terminal, whose width cuts them anywhere; unchanged elsewhere."""
+    try:
+        width = os.get_terminal_size(stream.fileno()).columns if stream.isatty() else 0
+    except (OSError, ValueError):
+        width = 0
+    if len(text) <= width or width < 20:
+        return text
+    import textwrap
+
+    return textwrap.fill(text, width - 1, break_long_words=False, break_on_hyphens=False)
+
+
 class _OneLine(logging.Formatter):
     """For operators who did not ask for more: level and message; a traceback shrinks to its last line."""
 
@@ -23,7 +38,7 @@ class _OneLine(logging.Formatter):
         text = record.getMessage()
         if record.exc_info and record.exc_info[1] is not None:
             text += f": {record.exc_info[1]}"
-        return f"migctl: {record.levelname.lower()}: {printable(text)}"
+        return folded(f"migctl: {record.levelname.lower()}: {printable(text)}", sys.stderr)
 
 
 def set_up(verbosity: int) -> None:

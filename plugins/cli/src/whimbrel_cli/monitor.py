@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import os
 import re
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Self, TypeVar
 
-from whimbrel.errors import ChannelError, LocalError
+from whimbrel.errors import ChannelError, LocalError, UriError
 from whimbrel_cli.logs import printable
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PATIENCE = 10.0  # seconds for an answer
-_HOST_PORT = re.compile(r"(?P<host>\[[^\]]+\]|[^/:]*):(?P<port>\d+)")
+_LAST_PORT = 0xFFFF
+_HOST_PORT = re.compile(r"(?P<host>\[[^\]]+\]|[^/:]*):(?P<port>\d{1,9})")
 
 
 class Refused(LocalError):
@@ -29,7 +31,7 @@ class Refused(LocalError):
 
     def __init__(self, address: str, command: str, error_class: str, description: str) -> None:
         self.reason = f"refuses {command}: {printable(description)}"
-        super().__init__(f"{address} {self.reason}")
+        super().__init__(f"{address} {self.reason}", hint="")  # its text says all there is
         self.error_class = error_class
         self.description = description
 
@@ -47,11 +49,19 @@ class Taken(Gone):
 
 
 def parse_address(text: str) -> SocketAddrT:
-    """PATH, unix:PATH, HOST:PORT or tcp:HOST:PORT."""
+    """PATH, unix:PATH, HOST:PORT or tcp:HOST:PORT. Raises UriError."""
     match = _HOST_PORT.fullmatch(text.removeprefix("tcp:"))
     if match is None or text.startswith("unix:"):
-        return text.removeprefix("unix:")
-    return match["host"].strip("[]") or "localhost", int(match["port"])
+        path = text.removeprefix("unix:")
+        if not path or "\0" in path or text.startswith("tcp:"):
+            raise UriError(
+                f"'{printable(text)}' names no monitor", hint="Write unix:PATH or HOST:PORT"
+            )
+        return path
+    port = int(match["port"])
+    if port > _LAST_PORT:
+        raise UriError(f"there is no port {port} ('{text}')", hint=f"The last is {_LAST_PORT}")
+    return match["host"].strip("[]") or "localhost", port
 
 
 class Monitor:
@@ -91,8 +101,10 @@ class Monitor:
         return Gone(
             f"nobody answers at the monitor {self.address}",
             self._reason(error),
-            hint="A QEMU started with -qmp unix:PATH,server=on,wait=off answers at unix:PATH, to one program"
-            " at a time",
+            hint="Your user may not open it: be the user that runs the machine, or root"
+            if isinstance(inner, PermissionError)
+            else "A QEMU started with -qmp unix:PATH,server=on,wait=off answers at unix:PATH, one with"
+            " -qmp tcp:HOST:PORT,server=on,wait=off at HOST:PORT",
         )
 
     def _reason(self, error: BaseException) -> str:
@@ -100,7 +112,7 @@ class Monitor:
             return f"no answer within {self._patience:.0f} s"
         inner = _innermost(error)
         if isinstance(inner, OSError) and inner.strerror:
-            return inner.strerror
+            return os.strerror(inner.errno) if inner.errno and inner.errno > 0 else inner.strerror
         return printable(str(inner)) or type(inner).__name__
 
     def _run(self, coroutine: Coroutine[Any, Any, T]) -> T:

@@ -26,6 +26,8 @@ _STEEP = 0.95
 _COMES_AGAIN = 0.1
 #: Passes before it is said that there will be no end: the first sees no dirty rate, the second an early one.
 _PASSES = 3
+#: A pass that begins with less than so much of an earlier one is progress.
+_NOISE = 0.95
 ENDED = ("completed", "failed", "cancelled")
 
 
@@ -177,25 +179,29 @@ class Estimator:
 
 class _Progress:
     """Since when there was none. Each pass ends with next to nothing left, and the next begins with what got dirty: what
-    counts is that passes begin with less and less.
+    counts is that passes begin with less and less, by more than noise.
     """
 
     def __init__(self) -> None:
         self._last: float | None = None
         self._pass = 0
         self._began_with = self._left = 0
-        self._smallest = math.inf  # beginning of a pass before this one
+        self._smallest = math.inf  # what the last pass that was progress began with
 
     def note(self, status: str, number: int, left: int, now: float) -> None:
         self._last = now if self._last is None else self._last
         if begins := number > self._pass:
-            if self._pass:
-                self._smallest = min(self._smallest, self._began_with)
+            if self._pass and self._smaller:
+                self._smallest = self._began_with
             self._pass, self._began_with, self._left = number, left, left
-        smaller = self._began_with < self._smallest or status.startswith("postcopy")
-        if smaller and (begins or left < self._left):
+        counts = self._smaller or status.startswith("postcopy")
+        if counts and (begins or left < self._left):
             self._last = now
         self._left = min(left, self._left)
+
+    @property
+    def _smaller(self) -> bool:
+        return self._began_with < self._smallest * _NOISE
 
     def since(self, now: float) -> float:
         return 0.0 if self._last is None else now - self._last

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from whimbrel.errors import MigrationError
+from whimbrel_cli.logs import folded
 
 if TYPE_CHECKING:
     from whimbrel_cli.monitor import Monitor
@@ -40,25 +41,11 @@ def address(ctx: click.Context) -> str:
 
 @contextmanager
 def connected(ctx: click.Context) -> Iterator[Monitor]:
-    """The monitor that -m named. With --json, an error is told as JSON as well, on its way. Raises click.UsageError, Gone."""
+    """The monitor that -m named. Raises click.UsageError, Gone."""
     from whimbrel_cli.monitor import Monitor
 
-    where = address(ctx)
-    try:
-        with Monitor(where) as monitor:
-            yield monitor
-    except MigrationError as error:
-        if ctx.params.get("as_json"):
-            _tell_error(error)
-        raise
-
-
-def _tell_error(error: MigrationError) -> None:
-    from whimbrel.errors import BlockedError
-    from whimbrel_cli.exits import status_of
-
-    more = {"reasons": list(error.reasons)} if isinstance(error, BlockedError) else {}
-    tell_json({"error": str(error), "exit-status": int(status_of(error)), **more})
+    with Monitor(address(ctx)) as monitor:
+        yield monitor
 
 
 def tell_json(value: Any) -> None:
@@ -70,4 +57,4 @@ def tell_done(what: str, as_json: bool, **members: Any) -> None:
     if as_json:
         tell_json({"done": what, **members})
     else:
-        click.echo(what)
+        click.echo(folded(what, sys.stdout))

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from whimbrel_cli import remote, units
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 #: What people say → what the monitor says.
 SHORT = {
@@ -37,6 +41,7 @@ _PERCENT = (
     "max-cpu-throttle",
 )
 _UNLIMITED = ("max-bandwidth", "max-postcopy-bandwidth")
+_DIGITS = 20  # of 2**64
 _SWITCH = {"on": True, "true": True, "yes": True, "off": False, "false": False, "no": False}
 
 
@@ -54,10 +59,16 @@ def to_wire(name: str, text: str, present: Any) -> Any:
         if isinstance(present, bool):
             return _switch(text)
         if isinstance(present, int):
-            return int(text)
+            return _whole(text)
     except ValueError as error:
         raise click.BadParameter(f"{name}: {error}") from error
     return text
+
+
+def _whole(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > _DIGITS:
+        raise ValueError(f"'{text}' is not a whole number")
+    return int(text)
 
 
 def _switch(text: str) -> bool:
@@ -85,6 +96,38 @@ def to_people(name: str, value: Any) -> str:
     return str(value) if value != "" else "-"
 
 
+def _complete_name(
+    ctx: click.Context, _: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    from whimbrel_cli import completing
+
+    known = completing.ask(ctx, lambda monitor: monitor.parameters(), {})
+    return completing.starting(incomplete, {*SHORT, *known})
+
+
+def _complete_value(
+    ctx: click.Context, _: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    from whimbrel_cli import completing
+
+    name = SHORT.get(ctx.params["name"], ctx.params["name"])
+    if name in _UNLIMITED:
+        return completing.starting(incomplete, ("unlimited",))
+    present = completing.ask(ctx, lambda monitor: monitor.parameters(), {}).get(name)
+    return completing.starting(incomplete, ("on", "off") if isinstance(present, bool) else ())
+
+
+def _complete_change(
+    ctx: click.Context, _: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    from whimbrel_cli import completing
+
+    known = completing.ask(ctx, lambda monitor: monitor.capabilities(), {})
+    return completing.starting(
+        incomplete, [f"{name}={'off' if is_on else 'on'}" for name, is_on in known.items()]
+    )
+
+
 def _print_pairs(rows: list[tuple[str, str]]) -> None:
     width = max((len(name) for name, _ in rows), default=0)
     for name, value in rows:
@@ -101,8 +144,8 @@ Examples:
   $ migctl -m unix:/run/src.qmp set bandwidth unlimited
   $ migctl -m unix:/run/src.qmp set multifd-channels 4""",
 )
-@click.argument("name")
-@click.argument("value")
+@click.argument("name", shell_complete=_complete_name)
+@click.argument("value", shell_complete=_complete_value)
 @remote.json_option
 @click.pass_context
 def set_(ctx: click.Context, name: str, value: str, as_json: bool) -> None:
@@ -116,10 +159,11 @@ def set_(ctx: click.Context, name: str, value: str, as_json: bool) -> None:
         before = monitor.parameters()
         if full not in before:
             from whimbrel.errors import SettingError
+            from whimbrel_cli.app import similar
 
             raise SettingError(
                 f"{monitor.address} has no parameter '{full}'",
-                hint=f"It has: {', '.join(sorted(before))}",
+                hint=f"{similar(name, [*SHORT, *before])} migctl params lists all".lstrip(),
             )
         monitor.execute("migrate-set-parameters", {full: to_wire(full, value, before[full])})
         now = monitor.parameters()[full]
@@ -139,6 +183,19 @@ def params(ctx: click.Context, as_json: bool) -> None:
         _print_pairs([(name, to_people(name, value)) for name, value in sorted(values.items())])
 
 
+def _check(address: str, wanted: Iterable[str], known: Iterable[str]) -> None:
+    """Raises SettingError."""
+    from whimbrel.errors import SettingError
+    from whimbrel_cli.app import similar
+
+    for name in wanted:
+        if name not in known:
+            raise SettingError(
+                f"{address} has no capability '{name}'",
+                hint=f"{similar(name, known)} migctl caps lists all".lstrip(),
+            )
+
+
 @click.command(
     short_help="Show or switch the capabilities of a machine's migrations.",
     epilog="""\b
@@ -146,7 +203,9 @@ Examples:
   $ migctl -m unix:/run/src.qmp caps
   $ migctl -m unix:/run/src.qmp caps xbzrle=on auto-converge=on""",
 )
-@click.argument("changes", nargs=-1, metavar="[NAME=on|off]...")
+@click.argument(
+    "changes", nargs=-1, metavar="[NAME=on|off]...", shell_complete=_complete_change
+)
 @remote.json_option
 @click.pass_context
 def caps(ctx: click.Context, changes: tuple[str, ...], as_json: bool) -> None:
@@ -161,9 +220,11 @@ def caps(ctx: click.Context, changes: tuple[str, ...], as_json: bool) -> None:
         except ValueError as error:
             raise click.BadParameter(str(error), ctx) from error
     with remote.connected(ctx) as monitor:
-        if wanted:
-            monitor.set_capabilities(wanted)
         now = monitor.capabilities()
+        if wanted:
+            _check(monitor.address, wanted, now)
+            monitor.set_capabilities(wanted)
+            now = monitor.capabilities()
     if as_json:
         remote.tell_json(now)
     else:

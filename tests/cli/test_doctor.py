@@ -119,7 +119,10 @@ def test_broken_and_incompatible_plugins_and_missing_packages_have_a_remedy(site
     assert "--upgrade acme-newer" in found["plugin newer"]["remedy"]
     assert found["plugin lacking"]["remedy"] == "pip install 'no-such-package>=2'"
     assert done.stderr == ""
-    assert checks(site.migctl("-p", "no:broken", "doctor", "--json"))["plugin broken"]["health"] == "ok"
+    assert (
+        checks(site.migctl("-p", "no:broken", "doctor", "--json"))["plugin broken"]["health"]
+        == "ok"
+    )
 
 
 def test_few_descriptors_are_a_warning(site):

@@ -130,9 +130,8 @@ class PluginGroup(click.Group):
         try:
             return super().resolve_command(ctx, args)
         except click.UsageError as error:
-            if close := similar(args[0], self.list_commands(ctx)):
-                error.message += f" {close}"
-            raise
+            close = similar(args[0], self.list_commands(ctx))
+            raise click.UsageError(f"No such command '{args[0]}'. {close}".rstrip(), ctx) from error
 
     def _contributed(self, ctx: click.Context) -> dict[str, dict[str, click.Command]]:
         """Command name → plugin → command."""

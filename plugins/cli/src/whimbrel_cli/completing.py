@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 import click
@@ -13,24 +13,26 @@ from whimbrel.errors import MigrationError
 if TYPE_CHECKING:
     from whimbrel_cli.monitor import Monitor
 
-T = TypeVar("T")
+Value = TypeVar("Value")
 
 _PATIENCE = 0.5  # seconds: nobody waits longer for a Tab
 
 
-def ask(ctx: click.Context, question: Callable[[Monitor], T], default: T) -> T:
-    """The answer of the machine that -m named, or `default` where it does not answer at once."""
+def ask(
+    ctx: click.Context, question: Callable[[Monitor], Mapping[str, Value]]
+) -> Mapping[str, Value]:
+    """The answer of the machine that -m named; nothing where it does not answer at once."""
     from whimbrel_cli.app import Selection
     from whimbrel_cli.monitor import Monitor
 
     selection = ctx.find_object(Selection)
     if selection is None or len(selection.monitors) != 1:
-        return default
+        return {}
     try:
         with Monitor(selection.monitors[0], patience=_PATIENCE) as monitor:
             return question(monitor)
     except (MigrationError, OSError):
-        return default
+        return {}
 
 
 def starting(incomplete: str, words: Iterable[str]) -> list[CompletionItem]:
@@ -43,7 +45,7 @@ def a_path(_: click.Context, __: click.Parameter, incomplete: str) -> list[Compl
 
 
 def join_colons(words: list[str], current: int) -> tuple[list[str], int]:
-    """bash takes a word apart at its colons: `unix:/run/vm.qmp` is three to it. Put them together; `current` is the
+    """Bash takes a word apart at its colons: `unix:/run/vm.qmp` is three to it. Put them together; `current` is the
     index of the word that is completed.
     """
     joined: list[str] = []

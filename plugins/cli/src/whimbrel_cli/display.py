@@ -121,7 +121,9 @@ class _Live:
         self.hide()
 
     def _render(self) -> RenderableType:
-        return "" if self._reading is None else render(self._title, self._reading)
+        return (
+            "" if self._reading is None else render(self._title, self._reading, self._console.width)
+        )
 
     def show(self, reading: Reading) -> None:
         self._reading = reading
@@ -145,8 +147,24 @@ def percent(reading: Reading) -> int:
     return int(reading.fraction * 100)
 
 
-def render(title: str, reading: Reading) -> RenderableType:
-    """Four lines: where to, the bar, what flows, what to expect."""
+def shortened(text: str, columns: int) -> str:
+    """Its beginning and its end, which tell it from others, in so many columns of a terminal."""
+    from rich.cells import cell_len
+
+    text = printable(text)
+    if cell_len(text) <= columns:
+        return text
+    head, tail = text[: len(text) // 2], text[len(text) // 2 :]
+    while (head or tail) and cell_len(head) + 1 + cell_len(tail) > columns:
+        if len(head) > len(tail):
+            head = head[:-1]
+        else:
+            tail = tail[1:]
+    return f"{head}…{tail}"
+
+
+def render(title: str, reading: Reading, width: int) -> RenderableType:
+    """Four lines of `width` columns or more: where to, the bar, what flows, what to expect."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -154,10 +172,8 @@ def render(title: str, reading: Reading) -> RenderableType:
     head = Table.grid(expand=True, padding=(0, 1, 0, 0))
     head.add_column(ratio=1, overflow="ellipsis", no_wrap=True)
     head.add_column(justify="right", no_wrap=True)
-    head.add_row(
-        Text(printable(title), style="bold"),
-        Text(f"{state(reading)}, {units.time(reading.elapsed)}"),
-    )
+    right = f"{state(reading)}, {units.time(reading.elapsed)}"
+    head.add_row(Text(shortened(title, width - len(right) - 2), style="bold"), Text(right))
     lines: list[RenderableType] = [head]
     if reading.total:
         lines.append(_bar("", reading.fraction, reading.remaining, reading.total))
@@ -209,7 +225,9 @@ def expectation(reading: Reading) -> str:
 def divergence(reading: Reading) -> str:
     """Why it does not end, and by what factor."""
     excess, text = reading.excess or 1.0, "not converging: memory gets dirty"
-    text += " as fast as it is sent" if excess < 1.05 else f" {excess:.1f} times as fast as it is sent"
+    text += (
+        " as fast as it is sent" if excess < 1.05 else f" {excess:.1f} times as fast as it is sent"
+    )
     if reading.overdue is None or reading.overdue < 1 or reading.expected_downtime is None:
         return text
     down = units.time(reading.expected_downtime)

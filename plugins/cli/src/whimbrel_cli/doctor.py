@@ -88,7 +88,7 @@ def _limits() -> Iterator[Check]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     found = f"{_limit(soft)} (at most {_limit(hard)})"
     if 0 <= soft < _DESCRIPTORS:
-        possible = 0 > hard or hard >= _DESCRIPTORS
+        possible = hard < 0 or hard >= _DESCRIPTORS
         more = f"ulimit -n {_DESCRIPTORS}" if possible else "raise nofile in limits.conf(5)"
         yield Check("open files", Health.WARNING, found, more)
     else:

@@ -79,7 +79,7 @@ def _another(last: Reading, migration: dict[str, Any]) -> bool:
     """Is it a migration that began after the last look?"""
     if last.status in ENDED:
         return migration["status"] not in ENDED
-    passes = migration.get("ram", {}).get("dirty-sync-count", 0)
+    passes: int = migration.get("ram", {}).get("dirty-sync-count", 0)
     return 0 < passes < last.number
 
 

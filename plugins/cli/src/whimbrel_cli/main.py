@@ -11,7 +11,6 @@ from whimbrel.errors import BlockedError, Cancelled, MigrationError
 from whimbrel_cli import logs
 from whimbrel_cli.exits import Exit, status_of
 
-
 #: Options of migctl itself, which people write behind the command.
 _BEFORE = ("-m", "--monitor", "-p", "-v", "--verbose")
 
@@ -68,8 +67,8 @@ def _run(argv: Sequence[str], as_json: bool) -> int:
     except click.UsageError as error:
         if isinstance(error, click.NoSuchOption) and error.option_name in _BEFORE:
             name = error.ctx.info_name if error.ctx is not None else "COMMAND"
-            error.possibilities = ()
-            error.message += f" It comes before the command: migctl {error.option_name} ... {name}"
+            before = f"It comes before the command: migctl {error.option_name} ... {name}"
+            error = click.UsageError(f"No such option '{error.option_name}'. {before}", error.ctx)
         error.show()
         if as_json:
             _tell_json(error.format_message(), Exit.USAGE)

@@ -26,6 +26,7 @@ _STATE = 42  # columns, where it is wide
 _HEADING = ("done", "left", "sent at", "dirty at", "downtime", "to go")
 _WIDTHS = (5, 10, 12, 12, 8, 10)
 _FIGURES = sum(_WIDTHS) + len(_WIDTHS) - 1
+_GAP = 2  # columns
 #: Lines that are no machine's: title, heading, foot.
 _AROUND = 3
 
@@ -113,7 +114,7 @@ class Screen:
 
     def _machine(self, look: Look, wide: bool) -> list[RenderableType]:
         """Its lines."""
-        name, state = printable(look.address), Text(_state(look))
+        state = Text(_state(look))
         reading = look.reading
         body: RenderableType | None = None
         if look.trouble:
@@ -128,17 +129,20 @@ class Screen:
                 bar = ProgressBar(total=1.0, completed=reading.fraction)
                 body = _figures_behind(bar, _figures(reading))
         if wide:
-            return [self._one_line(name, state, body or "")]
+            return [self._one_line(look.address, state, body or "")]
         head = _grid()
-        head.add_row(Text(name, style="bold"), state)
+        room = self._console.width - state.cell_len - _GAP
+        head.add_row(Text(display.shortened(look.address, room), style="bold"), state)
         return [head] if body is None else [head, body]
 
-    def _one_line(self, name: str, state: Text, body: RenderableType) -> RenderableType:
+    def _one_line(self, address: str, state: Text, body: RenderableType) -> RenderableType:
+        figures = _FIGURES + (self._console.width - _FIGURES - _STATE) // 3
+        room = self._console.width - _STATE - figures - 2 * _GAP
         grid = Table.grid(expand=True, padding=(0, 1, 0, 0))
-        grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+        grid.add_column(ratio=1, no_wrap=True)
         grid.add_column(width=_STATE, no_wrap=True, overflow="ellipsis")
-        grid.add_column(width=_FIGURES + (self._console.width - _FIGURES - _STATE) // 3)
-        grid.add_row(Text(name, style="bold"), state, body)
+        grid.add_column(width=figures)
+        grid.add_row(Text(display.shortened(address, room), style="bold"), state, body)
         return grid
 
 
@@ -161,9 +165,7 @@ def _figures_behind(bar: RenderableType, cells: Sequence[str]) -> RenderableType
     return grid
 
 
-def _paged(
-    blocks: Sequence[list[RenderableType]], height: int
-) -> list[list[list[RenderableType]]]:
+def _paged(blocks: Sequence[list[RenderableType]], height: int) -> list[list[list[RenderableType]]]:
     """Machines to pages, none torn apart; at least one page."""
     pages: list[list[list[RenderableType]]] = [[]]
     room = height

@@ -96,12 +96,10 @@ def to_people(name: str, value: Any) -> str:
     return str(value) if value != "" else "-"
 
 
-def _complete_name(
-    ctx: click.Context, _: click.Parameter, incomplete: str
-) -> list[CompletionItem]:
+def _complete_name(ctx: click.Context, _: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from whimbrel_cli import completing
 
-    known = completing.ask(ctx, lambda monitor: monitor.parameters(), {})
+    known = completing.ask(ctx, lambda monitor: monitor.parameters())
     return completing.starting(incomplete, {*SHORT, *known})
 
 
@@ -113,7 +111,7 @@ def _complete_value(
     name = SHORT.get(ctx.params["name"], ctx.params["name"])
     if name in _UNLIMITED:
         return completing.starting(incomplete, ("unlimited",))
-    present = completing.ask(ctx, lambda monitor: monitor.parameters(), {}).get(name)
+    present = completing.ask(ctx, lambda monitor: monitor.parameters()).get(name)
     return completing.starting(incomplete, ("on", "off") if isinstance(present, bool) else ())
 
 
@@ -122,7 +120,7 @@ def _complete_change(
 ) -> list[CompletionItem]:
     from whimbrel_cli import completing
 
-    known = completing.ask(ctx, lambda monitor: monitor.capabilities(), {})
+    known = completing.ask(ctx, lambda monitor: monitor.capabilities())
     return completing.starting(
         incomplete, [f"{name}={'off' if is_on else 'on'}" for name, is_on in known.items()]
     )
@@ -203,9 +201,7 @@ Examples:
   $ migctl -m unix:/run/src.qmp caps
   $ migctl -m unix:/run/src.qmp caps xbzrle=on auto-converge=on""",
 )
-@click.argument(
-    "changes", nargs=-1, metavar="[NAME=on|off]...", shell_complete=_complete_change
-)
+@click.argument("changes", nargs=-1, metavar="[NAME=on|off]...", shell_complete=_complete_change)
 @remote.json_option
 @click.pass_context
 def caps(ctx: click.Context, changes: tuple[str, ...], as_json: bool) -> None:

@@ -24,10 +24,10 @@ def keys(fd: int) -> Iterator[Callable[[float], str]]:
     def key(seconds: float) -> str:
         if not select.select([fd], [], [], seconds)[0]:
             return ""
-        pressed = os.read(fd, 64)
+        pressed = os.read(fd, 1)
         if not pressed:
             raise KeyboardInterrupt  # the terminal is gone
-        return pressed[:1].decode("ascii", "replace")
+        return pressed.decode("ascii", "replace")
 
     try:
         yield key

@@ -15,7 +15,9 @@ from whimbrel_ram.trackers import AUTO, BUILT_IN, choose, uffd
 _VM = Path("/proc/sys/vm")
 _HUGE = Path("/sys/kernel/mm/transparent_hugepage")
 _NEWER = f"run Linux 6.7 or newer, with CONFIG_USERFAULTFD (this is {platform.release()})"
-_ALLOW = "podman or docker run --security-opt seccomp=PROFILE, with a profile that allows userfaultfd"
+_ALLOW = (
+    "podman or docker run --security-opt seccomp=PROFILE, with a profile that allows userfaultfd"
+)
 _SHADOW = "without it, writes are found by comparing with a copy, which takes the memory twice"
 
 
@@ -41,9 +43,7 @@ def _kernel() -> Iterator[Check]:
     try:
         fd = kernelapi.open_uffd(kernelapi.WP_FEATURES)
     except OSError as error:
-        yield Check(
-            "write-protection", Health.WARNING, f"{uffd.why_not(error)}; {_SHADOW}", _NEWER
-        )
+        yield Check("write-protection", Health.WARNING, f"{uffd.why_not(error)}; {_SHADOW}", _NEWER)
         return
     try:
         yield Check("write-protection", Health.OK, "asynchronous (WP_ASYNC, Linux 6.7)")

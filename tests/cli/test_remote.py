@@ -164,6 +164,9 @@ def test_reasons_against_it_are_listed_and_3(qemu, version, migctl, tmp_path):
     done = migctl(vm, "blockers", status=3)
     assert done.stdout.splitlines() == there
     assert answer(migctl(vm, "blockers", "--json", status=3))["blocked-reasons"] == there
+    said = answer(migctl(vm, "migrate", "--json", f"unix:{tmp_path}/m.sock", status=3))
+    assert set(there) <= set(said["reasons"])
+    assert said["exit-status"] == 3
 
 
 def test_without_a_machine_the_command_line_is_wrong(site):

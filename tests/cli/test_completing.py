@@ -20,7 +20,7 @@ def complete(site):
             **changes,
         )
         assert done.stderr == ""
-        return [line.partition(",")[2] for line in done.stdout.splitlines()]
+        return [line.partition(",")[2] for line in done.stdout.splitlines() if line]
 
     return run
 
@@ -28,7 +28,12 @@ def complete(site):
 @pytest.mark.parametrize(
     ("words", "current", "joined", "at"),
     [
-        (["migctl", "-m", "unix", ":", "/run/a", "se"], 5, ["migctl", "-m", "unix:/run/a", "se"], 3),
+        (
+            ["migctl", "-m", "unix", ":", "/run/a", "se"],
+            5,
+            ["migctl", "-m", "unix:/run/a", "se"],
+            3,
+        ),
         (["migctl", "-m", "host", ":", "44", "st"], 5, ["migctl", "-m", "host:44", "st"], 3),
         (["migctl", "-m", "unix", ":", "/ru"], 4, ["migctl", "-m", "unix:/ru"], 2),
         (["migctl", "migrate", "tcp", "::", "44"], 4, ["migctl", "migrate", "tcp::44"], 2),

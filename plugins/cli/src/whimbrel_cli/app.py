@@ -23,11 +23,12 @@ log = logging.getLogger("whimbrel.cli")
 EPILOG = """\b
 Examples:
   migctl -m unix:/run/src.qmp migrate tcp:host2:4444
-  migctl -m unix:/run/src.qmp status
-  migctl --plugins                    what is installed; why something is not ready
+  migctl -m unix:/run/a.qmp -m unix:/run/b.qmp watch
+  migctl doctor                       what is missing here, with remedies
+  migctl --plugins                    what is installed, what is not ready
   migctl --plugins --json             the same for a program
-  migctl -p no:exec COMMAND ...       as if the plugin exec were not installed
-  migctl -p tcp=whimbrel-tcp COMMAND  where two distributions provide tcp: this one
+  migctl -p no:exec COMMAND ...       as if the plugin exec were not there
+  migctl -p tcp=whimbrel-tcp COMMAND  who provides tcp, where two do
   migctl -v COMMAND ...               say what happens; -vv says everything
 
 WHIMBREL_DISABLE=NAME,NAME in the environment disables plugins as well."""

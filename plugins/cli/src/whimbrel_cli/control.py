@@ -30,7 +30,7 @@ def status(ctx: click.Context, as_json: bool) -> None:
         remote.tell_json({"run-state": run_state, "migration": migration})
         return
     for name, value in describe(run_state, migration):
-        click.echo(f"{name:<18} {value}")
+        remote.say(f"{name:<18} {value}", indent=19)
 
 
 def describe(run_state: str, migration: dict[str, Any]) -> list[tuple[str, str]]:
@@ -82,7 +82,7 @@ def blockers(ctx: click.Context, as_json: bool) -> None:
     elif not reasons:
         click.echo("nothing blocks a migration")
     for reason in () if as_json else reasons:
-        click.echo(printable(reason))
+        remote.say(printable(reason))
     if reasons:
         from whimbrel_cli.exits import Exit
 
@@ -93,7 +93,13 @@ def blockers(ctx: click.Context, as_json: bool) -> None:
 
 
 @click.command(short_help="Cancel the migration of a machine.")
-@click.option("--timeout", callback=units.option, default="30s", help="[default: 30s]")
+@click.option(
+    "--timeout",
+    callback=units.option,
+    default="30s",
+    metavar="TIME",
+    help="How long to wait for that.  [default: 30s]",
+)
 @remote.json_option
 @click.pass_context
 def cancel(ctx: click.Context, timeout: float, as_json: bool) -> None:
@@ -162,7 +168,7 @@ def _execute(ctx: click.Context, command: str, as_json: bool) -> None:
 @click.command(
     short_help="Settle which side has the machine, after a lost link.",
     epilog="""\b
-Example: the link was lost at the very end, and the destination's host is dead.
+Example: the link was lost at the very end, and the destination is dead.
   $ migctl -m unix:/run/src.qmp resolve --run-here""",
 )
 @click.option("--run-here", "here", flag_value="here", help="The machine runs here.")

@@ -32,7 +32,7 @@ _LIBRARIES = ("click", "rich", "qemu.qmp")
     epilog="""\b
 Examples:
   $ migctl doctor
-  $ migctl -m unix:/run/vm.qmp doctor      whether that monitor answers, as well
+  $ migctl -m unix:/run/vm.qmp doctor      does that monitor answer, too
   $ migctl doctor --json""",
 )
 @remote.json_option

@@ -18,8 +18,10 @@ def printable(text: str) -> str:
     )
 
 
-def folded(text: str, stream: TextIO) -> str:
-    """Broken at words where the stream is a terminal, whose width cuts them anywhere; unchanged elsewhere."""
+def folded(text: str, stream: TextIO, indent: int = 0) -> str:
+    """Broken at words where the stream is a terminal, whose width cuts them anywhere; unchanged elsewhere. `indent`: so
+    many columns before all lines but the first.
+    """
     try:
         width = os.get_terminal_size(stream.fileno()).columns if stream.isatty() else 0
     except (OSError, ValueError):
@@ -28,7 +30,15 @@ def folded(text: str, stream: TextIO) -> str:
         return text
     import textwrap
 
-    return textwrap.fill(text, width - 1, break_long_words=False, break_on_hyphens=False)
+    behind = " " * indent
+    return textwrap.fill(
+        text,
+        width - 1,
+        subsequent_indent=behind,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )
 
 
 class _OneLine(logging.Formatter):

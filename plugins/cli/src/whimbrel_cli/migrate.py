@@ -127,4 +127,4 @@ def _watch(source: Monitor, uri: str, limits: Limits, *, acknowledged: bool, as_
         if acknowledged
         else "the destination was not asked whether it has taken over (capability return-path)"
     )
-    click.echo(f"{displays.summary(migration)}; {told}")
+    remote.say(f"{displays.summary(migration)}; {told}")

@@ -57,4 +57,9 @@ def tell_done(what: str, as_json: bool, **members: Any) -> None:
     if as_json:
         tell_json({"done": what, **members})
     else:
-        click.echo(folded(what, sys.stdout))
+        say(what)
+
+
+def say(text: str, indent: int = 0) -> None:
+    """A sentence for people; see logs.folded."""
+    click.echo(folded(text, sys.stdout, indent))

@@ -1,6 +1,8 @@
 """migctl doctor: what it finds on this host, and what it says of plugins that are not as they should be."""
 
 import json
+import platform
+import re
 
 import pytest
 
@@ -22,6 +24,21 @@ RAISES = """
     def health():
         {body}
 """
+
+
+#: The kernel answers a system call with an error, as it does in a container: seccomp(2), by classic BPF.
+REFUSE = """
+import ctypes, struct
+number, error = {number}, {error}
+code = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x50000 | error), (0x06, 0, 0, 0x7fff0000)]
+program = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *c) for c in code))
+filter = struct.pack("@HP", len(code), ctypes.addressof(program))
+prctl = ctypes.CDLL(None, use_errno=True).prctl
+assert prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+assert prctl(22, 2, filter, 0, 0) == 0, ctypes.get_errno()  # PR_SET_SECCOMP
+"""
+USERFAULTFD, MEMFD_CREATE, EPERM, ENOSYS = 323, 319, 1, 38
+on_x86 = pytest.mark.skipif(platform.machine() != "x86_64", reason="numbers of system calls")
 
 
 def add(site, name, source, **kwargs):
@@ -60,7 +77,7 @@ def test_the_kernel_is_what_the_ram_plugin_finds_it_to_be(site):
 
 def test_a_table_for_people(site):
     done = site.migctl("doctor")
-    assert "warnings" in done.stdout.splitlines()[-1]
+    assert re.fullmatch(r"\d+ failed, \d+ warnings?, \d+ ok", done.stdout.splitlines()[-1])
     assert max(map(len, done.stdout.splitlines())) <= 80
     assert "\x1b" not in done.stdout
 
@@ -123,6 +140,34 @@ def test_broken_and_incompatible_plugins_and_missing_packages_have_a_remedy(site
         checks(site.migctl("-p", "no:broken", "doctor", "--json"))["plugin broken"]["health"]
         == "ok"
     )
+
+
+@on_x86
+@pytest.mark.parametrize(
+    ("error", "why", "remedy"),
+    [
+        (EPERM, "userfaultfd is not allowed here", "--security-opt seccomp="),
+        (ENOSYS, "there is no userfaultfd here", "run Linux 6.7 or newer"),
+    ],
+)
+def test_without_userfaultfd_it_works_with_more_memory(site, error, why, remedy):
+    refuse = REFUSE.format(number=USERFAULTFD, error=error)
+    done = site.migctl("doctor", "--json", prelude=refuse)
+    assert done.returncode == 0, done.stderr
+    found = checks(done)
+    assert found["userfaultfd"]["health"] == "warning"
+    assert why in found["userfaultfd"]["found"]
+    assert "takes the memory twice" in found["userfaultfd"]["found"]
+    assert remedy in found["userfaultfd"]["remedy"]
+    assert found["dirty tracker"]["found"] == "auto takes shadow"
+
+
+@on_x86
+def test_without_memfd_there_is_no_memory_to_share(site):
+    refuse = REFUSE.format(number=MEMFD_CREATE, error=EPERM)
+    done = site.migctl("doctor", "--json", prelude=refuse)
+    assert done.returncode == 1
+    assert checks(done)["memfd"]["health"] == "failed"
 
 
 def test_few_descriptors_are_a_warning(site):

@@ -14,7 +14,7 @@ MIB = 1 << 20
 def migrate(qemu, site, tmp_path):
     """Start a pair of guests, migrate by migctl --json, and return its exit status and its events."""
 
-    def run(guest, bandwidth, *args, version="10.0", disks=None, **capabilities):
+    def run(guest, bandwidth, *args, downtime=300, version="10.0", disks=None, **capabilities):
         logs, peers = [tmp_path / "src.log", tmp_path / "dst.log"], []
         for log in logs:
             log.touch()
@@ -27,7 +27,7 @@ def migrate(qemu, site, tmp_path):
         source = peers[0]
         wait_counting(logs[0])
         source.capabilities(**capabilities)
-        source.qmp("migrate-set-parameters", max_bandwidth=bandwidth)
+        source.qmp("migrate-set-parameters", max_bandwidth=bandwidth, downtime_limit=downtime)
         done = site.migctl(
             *("-m", f"unix:{tmp_path}/src.qmp", "migrate", "--json"),
             *(*args, f"unix:{tmp_path}/m.sock"),
@@ -55,12 +55,12 @@ def check_figures(readings):
 def test_one_that_converges_after_some_passes(migrate, tmp_path):
     """6 MiB/s of writes, 12 MiB/s of link."""
     guest = counting_guest(tmp_path, pages=2048, pages_per_tick=16, hz=100)
-    done, events = migrate(guest, 12 * MIB)
+    done, events = migrate(guest, 12 * MIB, downtime=50)
     assert done.returncode == 0, done.stderr
     readings = progress(events)
     check_figures(readings)
     assert readings[-1]["fraction"] == 1
-    assert events[-1]["ram"]["dirty-sync-count"] > 3
+    assert events[-1]["ram"]["dirty-sync-count"] > 2  # which one that stands still needs
     assert all(r["excess"] is None for r in readings)
 
 

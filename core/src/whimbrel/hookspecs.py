@@ -110,6 +110,9 @@ def cli_commands() -> list[Any]:  # type: ignore[empty-body]
 @hookspec
 def monitor_commands() -> list[Any]:  # type: ignore[empty-body]
     """Commands (whimbrel_monitor.Command) to add to a monitor. Called when whimbrel-monitor opens one."""
+
+
+@hookspec
 def health() -> list[Check]:  # type: ignore[empty-body]
     """What the plugin finds of what it needs on this host: kernel features, limits, packages. Called by `migctl doctor`
     only; quick, and without a trace: whatever is opened for a look is closed again.

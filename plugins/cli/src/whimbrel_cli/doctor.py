@@ -88,8 +88,9 @@ def _limits() -> Iterator[Check]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     found = f"{_limit(soft)} (at most {_limit(hard)})"
     if 0 <= soft < _DESCRIPTORS:
-        possible = hard < 0 or hard >= _DESCRIPTORS
-        more = f"ulimit -n {_DESCRIPTORS}" if possible else "raise nofile in limits.conf(5)"
+        enough = hard < 0 or hard >= _DESCRIPTORS
+        raised = f"sudo prlimit --pid $$ --nofile={_DESCRIPTORS}:{_DESCRIPTORS}"
+        more = f"ulimit -n {_DESCRIPTORS}" if enough else raised
         yield Check("open files", Health.WARNING, found, more)
     else:
         yield Check("open files", Health.OK, found)
@@ -205,7 +206,8 @@ def _print(found: list[tuple[str, Check]]) -> None:
         )
     console.print(table)
     count = {h: sum(check.health is h for _, check in found) for h in Health}
+    warnings = f"{count[Health.WARNING]} warning{'s' * (count[Health.WARNING] != 1)}"
     console.print(
-        f"{count[Health.FAILED]} failed, {count[Health.WARNING]} warnings, {count[Health.OK]} ok",
+        f"{count[Health.FAILED]} failed, {warnings}, {count[Health.OK]} ok",
         style=_COLOURS[max((c.health for _, c in found), key=list(Health).index)],
     )

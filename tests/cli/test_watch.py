@@ -196,6 +196,32 @@ def test_others_get_at_a_monitor_that_is_watched(vm, watch, site):
 
 
 @interop
+def test_the_reason_of_a_failure_is_shown(vm, watch, tmp_path):
+    source = vm("src")
+    source.migrate(f"unix:{tmp_path}/nobody.sock")
+    source.wait_migration("failed")
+    watch(source.address, columns=80).wait_for("prelaunch, failed", "No such file or directory")
+    watch(source.address).wait_for("prelaunch, failed, ", "No such file or directory\n")
+
+
+def test_one_that_answers_nonsense_does_not_hide_the_others(watch, tmp_path):
+    """No QEMU does that."""
+    greeting = {"QMP": {"version": {"qemu": {"major": 1}}, "capabilities": []}}
+    replies = [greeting, {"return": {}}, {"return": ["\x1b[2J"], "id": "__qmp#00000"}]
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "odd.qmp"))
+        listener.listen()
+        watching = watch(f"unix:{tmp_path}/odd.qmp", f"unix:{tmp_path}/none", columns=80)
+        peer, _ = listener.accept()
+        with peer:
+            for reply in replies:
+                peer.sendall(json.dumps(reply).encode() + b"\r\n")
+                peer.recv(4096)
+            text = watching.wait_for("odd answer: TypeError", "2 without an answer")
+    assert "\x1b[2J" not in text.replace(ALTERNATE + "\x1b[2J", "")
+
+
+@interop
 def test_without_a_terminal_a_change_is_a_line(vm, watch, tmp_path):
     source, _ = vm("src"), vm("dst", incoming=f"unix:{tmp_path}/m.sock")
     watching = watch(source.address, f"unix:{tmp_path}/none")
@@ -227,11 +253,18 @@ def test_json_lines_tell_each_look_at_one_that_migrates(vm, watch, tmp_path):
         "machine": source.address,
         "run-state": "prelaunch",
         "trouble": None,
+        "reason": None,
         "migration": None,
     }
     fractions = [look["migration"]["fraction"] for look in looks[1:]]
     assert fractions == sorted(fractions)
     assert fractions[-1] == 1
+
+
+def test_an_address_that_names_no_monitor_is_an_error_at_once(site):
+    done = site.migctl("-m", "localhost:99999", "-m", "unix:/a", "watch")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "there is no port 99999" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -43,10 +43,13 @@ def members(reading: Reading) -> dict[str, Any]:
     """A reading for JSON."""
     found = attrs.asdict(reading)
     found["pass"] = found.pop("number")
-    return {
-        name.replace("_", "-"): round(value, 4) if isinstance(value, float) else value
-        for name, value in found.items()
-    }
+    return {name.replace("_", "-"): _rounded(value) for name, value in found.items()}
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_rounded(v) for v in value]
+    return round(value, 4) if isinstance(value, float) else value
 
 
 class _Json:

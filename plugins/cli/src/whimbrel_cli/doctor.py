@@ -165,7 +165,8 @@ def _contributed(plugins: Plugins) -> Iterator[tuple[str, Check]]:
 
 
 def _monitor(address: str) -> Check:
-    from whimbrel_cli.monitor import Gone, Monitor
+    from whimbrel.errors import MigrationError
+    from whimbrel_cli.monitor import Monitor
 
     try:
         with Monitor(address) as monitor:
@@ -173,7 +174,7 @@ def _monitor(address: str) -> Check:
             what = "whimbrel" if monitor.has("x-whimbrel-plugins") else "QEMU"
             found = f"{what} {major}.{minor}, {monitor.run_state()}"
             return Check(f"monitor {address}", Health.OK, found)
-    except Gone as error:
+    except MigrationError as error:
         return Check(f"monitor {address}", Health.FAILED, error.message, error.hint or "")
 
 

@@ -6,6 +6,7 @@ that is watched gets in between two looks, and a monitor that somebody else hold
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,8 @@ import attrs
 
 from whimbrel_cli.monitor import Gone, Monitor, Refused, Taken
 from whimbrel_cli.progress import ENDED, Estimator, Reading
+
+log = logging.getLogger("whimbrel.cli")
 
 _PATIENCE = 3.0  # seconds for a monitor's answer
 
@@ -26,6 +29,7 @@ class Look:
     address: str
     run_state: str | None = None
     reading: Reading | None = None  # None: no migration yet
+    reason: str | None = None  # why a migration failed
     trouble: str | None = None
 
     @property
@@ -60,12 +64,19 @@ class Watched:
                     address=self.address,
                     run_state=run_state,
                     reading=self._read(monitor, migration),
+                    reason=migration.get("error-desc"),
                 )
         except (Gone, Refused) as error:
             # One that comes back may be another process, with figures that begin anew; one that is only taken goes on.
             if isinstance(error, Gone) and not isinstance(error, Taken):
                 self._estimator = self._last = None
             return Look(address=self.address, trouble=error.reason)
+        except Exception as error:
+            # Whatever one machine answers, the others are looked at.
+            log.debug("%s", self.address, exc_info=error)
+            return Look(
+                address=self.address, trouble=f"odd answer: {type(error).__name__}: {error}"
+            )
 
     def _read(self, monitor: Monitor, migration: dict[str, Any]) -> Reading:
         if self._estimator is None or (self._last is not None and _another(self._last, migration)):

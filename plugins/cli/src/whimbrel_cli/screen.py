@@ -40,8 +40,8 @@ def line(look: Look) -> str:
             for name, text in zip(_HEADING[:2], _figures(look.reading), strict=False)
             if text
         ]
-    if look.trouble:
-        parts.append(printable(look.trouble))
+    if why := look.trouble or look.reason:
+        parts.append(printable(why))
     return f"{printable(look.address)}: {', '.join(parts)}"
 
 
@@ -51,8 +51,8 @@ def _state(look: Look) -> str:
     if look.run_state is None:
         return "..."
     if look.reading is None:
-        return f"{look.run_state}, no migration"
-    return f"{look.run_state}, {display.state(look.reading)}"
+        return f"{printable(look.run_state)}, no migration"
+    return f"{printable(look.run_state)}, {display.state(look.reading)}"
 
 
 def _figures(reading: Reading) -> tuple[str, ...]:
@@ -117,14 +117,15 @@ class Screen:
         state = Text(_state(look))
         reading = look.reading
         body: RenderableType | None = None
-        if look.trouble:
+        if why := look.trouble or look.reason:
             state.stylize("bold red")
-            body = Text(printable(look.trouble), style="red", no_wrap=True, overflow="ellipsis")
+            room = (self._behind if wide else self._console.width) - 1
+            body = Text(display.shortened(why, room), style="red")
         elif reading is not None:
             if reading.excess is not None:
                 state.append(", not converging", style="bold red")
-            elif reading.status in ("failed", "cancelled"):
-                state.stylize("yellow" if reading.status == "cancelled" else "red")
+            elif reading.status == "cancelled":
+                state.stylize("yellow")
             if reading.total:
                 bar = ProgressBar(total=1.0, completed=reading.fraction)
                 body = _figures_behind(bar, _figures(reading))
@@ -135,13 +136,17 @@ class Screen:
         head.add_row(Text(display.shortened(look.address, room), style="bold"), state)
         return [head] if body is None else [head, body]
 
+    @property
+    def _behind(self) -> int:
+        """Columns of bar and figures, where it is wide."""
+        return _FIGURES + (self._console.width - _FIGURES - _STATE) // 3
+
     def _one_line(self, address: str, state: Text, body: RenderableType) -> RenderableType:
-        figures = _FIGURES + (self._console.width - _FIGURES - _STATE) // 3
-        room = self._console.width - _STATE - figures - 2 * _GAP
+        room = self._console.width - _STATE - self._behind - 2 * _GAP
         grid = Table.grid(expand=True, padding=(0, 1, 0, 0))
         grid.add_column(ratio=1, no_wrap=True)
         grid.add_column(width=_STATE, no_wrap=True, overflow="ellipsis")
-        grid.add_column(width=figures)
+        grid.add_column(width=self._behind)
         grid.add_row(Text(display.shortened(address, room), style="bold"), state, body)
         return grid
 

@@ -46,10 +46,13 @@ def watch(ctx: click.Context, interval: float, as_json: bool) -> None:
     Without a terminal, or with --json, each change is a line on standard output.
     """
     from whimbrel_cli.looking import Looker
+    from whimbrel_cli.monitor import parse_address
 
     if interval < _TICK:
         raise click.BadParameter(f"at least {units.time(_TICK)}", ctx, param_hint="--interval")
     machines = list(dict.fromkeys(remote.addresses(ctx)))
+    for address in machines:
+        parse_address(address)  # what names no monitor never will
     looks: queue.SimpleQueue[Look] = queue.SimpleQueue()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -80,6 +83,7 @@ def _lines(looks: queue.SimpleQueue[Look], as_json: bool) -> None:
                     "machine": look.address,
                     "run-state": look.run_state,
                     "trouble": look.trouble,
+                    "reason": look.reason,
                     "migration": look.reading and display.members(look.reading),
                 }
             )

@@ -19,7 +19,10 @@ _ENDED = ("completed", "failed", "cancelled")
 # ---- looking
 
 
-@click.command(short_help="What a machine does, and how its migration stands.")
+@click.command(
+    short_help="What a machine does, and how its migration stands.",
+    epilog="Example: migctl -m unix:/run/src.qmp status",
+)
 @remote.json_option
 @click.pass_context
 def status(ctx: click.Context, as_json: bool) -> None:
@@ -70,7 +73,10 @@ def describe(run_state: str, migration: dict[str, Any]) -> list[tuple[str, str]]
     return rows
 
 
-@click.command(short_help="Show what stands against a migration of a machine.")
+@click.command(
+    short_help="Show what stands against a migration of a machine.",
+    epilog="Example: migctl -m unix:/run/src.qmp blockers",
+)
 @remote.json_option
 @click.pass_context
 def blockers(ctx: click.Context, as_json: bool) -> None:
@@ -92,7 +98,10 @@ def blockers(ctx: click.Context, as_json: bool) -> None:
 # ---- doing
 
 
-@click.command(short_help="Cancel the migration of a machine.")
+@click.command(
+    short_help="Cancel the migration of a machine.",
+    epilog="Example: migctl -m unix:/run/src.qmp cancel",
+)
 @click.option(
     "--timeout",
     callback=units.option,
@@ -111,7 +120,10 @@ def cancel(ctx: click.Context, timeout: float, as_json: bool) -> None:
         ended = cancel_and_wait(monitor, timeout)
         run_state = monitor.run_state()
     if ended != "cancelled":
-        raise LocalError(f"there is nothing to cancel: the migration is {ended}", hint="")
+        what = "no migration has" if ended == "not begun" else "the last migration is"
+        raise LocalError(
+            f"there is nothing to cancel: {what} {ended.removeprefix('not ')}", hint=""
+        )
     remote.tell_done(f"cancelled; the machine is {run_state}", as_json, **{"run-state": run_state})
 
 
@@ -134,7 +146,10 @@ def cancel_and_wait(monitor: Monitor, timeout: float = 30.0) -> str:
     return str(now)
 
 
-@click.command(short_help="Pause a machine.")
+@click.command(
+    short_help="Pause a machine.",
+    epilog="Example: migctl -m unix:/run/src.qmp stop",
+)
 @remote.json_option
 @click.pass_context
 def stop(ctx: click.Context, as_json: bool) -> None:
@@ -142,7 +157,10 @@ def stop(ctx: click.Context, as_json: bool) -> None:
     _execute(ctx, "stop", as_json)
 
 
-@click.command(short_help="Let a machine run.")
+@click.command(
+    short_help="Let a machine run.",
+    epilog="Example: migctl -m unix:/run/src.qmp cont",
+)
 @remote.json_option
 @click.pass_context
 def cont(ctx: click.Context, as_json: bool) -> None:

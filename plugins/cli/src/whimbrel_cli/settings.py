@@ -168,7 +168,10 @@ def set_(ctx: click.Context, name: str, value: str, as_json: bool) -> None:
     remote.tell_done(f"{full} is {to_people(full, now)}", as_json, parameter=full, value=now)
 
 
-@click.command(short_help="Show the parameters of a machine's migrations.")
+@click.command(
+    short_help="Show the parameters of a machine's migrations.",
+    epilog="Example: migctl -m unix:/run/src.qmp params",
+)
 @remote.json_option
 @click.pass_context
 def params(ctx: click.Context, as_json: bool) -> None:

@@ -140,5 +140,8 @@ def test_output_for_programs_is_json_and_nothing_else(tmp_path: Path, pipe: Path
         assert listening == {"event": "listening", "addresses": [f"exec:cat {pipe}"]}
         pipe.write_bytes(b"no stream")
         out, errors = process.communicate(timeout=30)
-    assert (process.returncode, out) == (1, "")
+    assert process.returncode == 1
+    told = json.loads(out)
+    assert (told["event"], told["exit-status"]) == ("error", 1)
+    assert "not a migration stream" in told["error"]
     assert "not a migration stream" in errors

@@ -71,7 +71,7 @@ def test_what_would_be_refused_is_not_sent(keep: Keep, capsys: Capture, tmp_path
     assert "the destination would refuse the guest: only in the guest" in errors
     assert "Nothing was sent" in errors
     out, _ = migctl(capsys, "send", file, uri, "--against", other, "--json", status=1)
-    assert [e["event"] for e in events(out)] == ["compared"]
+    assert [e["event"] for e in events(out)] == ["compared", "error"]
 
 
 def test_refusal_is_told_in_both_words(
@@ -92,7 +92,9 @@ def test_refusal_is_told_in_both_words(
     for part in ("device ID", "is 0e in the guest and 0c there", "field parent_obj.config"):
         assert part in error
     assert "section '0000:00:05.0/e1000', byte offset" in error
-    (event,) = events(json_out)
+    event, last = events(json_out)
+    assert last["event"] == "error"
+    assert last["error"] in error
     assert json_errors.splitlines() == [error]
     assert (event["event"], event["section"], event["instance"], event["field"]) == (
         "refused",

@@ -91,7 +91,8 @@ def _failed(text: str, status: int, as_json: bool, *, said: str = "", **more: An
 def _tell_json(text: str, status: int, **more: Any) -> None:
     import json
 
-    print(json.dumps({"error": text, "exit-status": int(status), **more}), flush=True)
+    told = {"event": "error", "error": text, "exit-status": int(status), **more}
+    print(json.dumps(told), flush=True)
 
 
 def _migration_error(error: MigrationError) -> str:

@@ -60,7 +60,9 @@ class Migctl:
     def failed(self, status: int = 1) -> str:
         """Wait for its end; the one line of its error."""
         out, errors = self.process.communicate(timeout=PATIENCE)
-        assert (self.process.returncode, out) == (status, ""), errors
+        assert self.process.returncode == status, errors
+        (told,) = map(json.loads, out.splitlines())
+        assert (told["event"], told["exit-status"]) == ("error", status)
         errors = errors.strip()  # click begins a new line behind ^C
         assert errors, "no error message"
         assert "\n" not in errors, errors

@@ -171,8 +171,9 @@ def _monitor(address: str) -> Check:
     try:
         with Monitor(address) as monitor:
             major, minor = monitor.version
-            what = "whimbrel" if monitor.has("x-whimbrel-plugins") else "QEMU"
-            found = f"{what} {major}.{minor}, {monitor.run_state()}"
+            app = monitor.has("x-whimbrel-plugins")
+            what = "an app of whimbrel" if app else f"QEMU {major}.{minor}"
+            found = f"{what}, {monitor.run_state()}"
             return Check(f"monitor {address}", Health.OK, found)
     except MigrationError as error:
         return Check(f"monitor {address}", Health.FAILED, error.message, error.hint or "")

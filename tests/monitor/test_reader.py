@@ -129,6 +129,8 @@ def test_limits(data, what):
 
 
 def test_what_is_just_within_the_limits():
+    wide = b"[" + b",".join([b"[1]"] * 4000) + b"]"
+    assert read(wide) == [[[1]] * 4000]
     nested = b"[" * 512 + b"]" * 512
     assert len(read(nested)) == 1
     long = b'"' + b"x" * (256 * 1024 - 2) + b'"'

@@ -1,6 +1,7 @@
 """The server: where it listens, whom it lets in, and that no client waits for another."""
 
 import contextlib
+import gc
 import json
 import os
 import socket
@@ -133,6 +134,26 @@ def test_close_does_not_wait_for_a_command_that_hangs(app):
     go_on.set()
 
 
+def test_close_while_clients_come(app):
+    """Each of them is either served or turned away; none is forgotten (an unclosed socket is a warning, and that an error)."""
+    for _ in range(5):
+        one = app()
+        ended = threading.Event()
+
+        def come(one=one, ended=ended):
+            while not ended.is_set():
+                with contextlib.suppress(OSError):
+                    one.stranger()
+
+        thread = threading.Thread(target=come)
+        thread.start()
+        wait_until(lambda: len(one.clients) > 3, "clients")  # noqa: B023
+        one.monitor.close()
+        ended.set()
+        thread.join(20)
+        gc.collect()
+
+
 # ---- one beside another
 
 
@@ -262,12 +283,15 @@ def test_a_bug_in_a_command_is_told_and_logged(app, caplog):
             def bug(ctx, kind: str) -> object:
                 if kind == "raise":
                     raise ZeroDivisionError("by zero")
+                if kind == "exit":
+                    raise SystemExit(3)
                 return {"nan": float("nan"), "object": object()}[kind]
 
             return [bug]
 
     wire = app(plugins=with_plugins(Buggy())).client()
     assert wire.refused("x-bug", kind="raise") == "x-bug failed: ZeroDivisionError: by zero"
+    assert wire.refused("x-bug", kind="exit") == "x-bug failed: SystemExit: 3"
     assert "x-bug failed" in wire.refused("x-bug", kind="nan")
     assert "x-bug failed" in wire.refused("x-bug", kind="object")
     assert wire.ask("query-name") == {"name": "app"}

@@ -120,7 +120,7 @@ class Client:
             result = None
             try:
                 result = function()
-            except Exception:
+            except BaseException:
                 log.exception("%s failed", name)
             with contextlib.suppress(RuntimeError):  # the monitor was closed
                 self._loop.call_soon_threadsafe(finish, result)
@@ -232,7 +232,7 @@ def _answer(request: Request, command: Command | None, context: _Context) -> byt
         return request.refusal(LocalError("; ".join(error.reasons)))
     except MigrationError as error:
         return request.refusal(error)
-    except Exception as error:
+    except BaseException as error:  # SystemExit as well: it would end this thread only
         log.exception("the command %s failed", request.execute)
         return request.refusal(
             LocalError(f"{request.execute} failed: {type(error).__name__}: {error}")

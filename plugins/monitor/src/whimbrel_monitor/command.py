@@ -13,7 +13,6 @@ that it raises is told to the client; anything else is a bug, and is logged as w
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -47,18 +46,12 @@ class Context(Protocol):
 
 @attrs.frozen(kw_only=True)
 class Command:
-    """A command. `arguments`: where they depend on the kernel (its settings); otherwise the function's."""
+    """A command. Made by command()."""
 
     name: str
     function: Callable[..., Any]
-    arguments: Callable[[Kernel], tuple[kinds.Member, ...]] | None = None
-
-    @functools.cached_property
-    def _declared(self) -> tuple[kinds.Member, ...]:
-        return kinds.of_function(self.function)
-
-    def members(self, kernel: Kernel) -> tuple[kinds.Member, ...]:
-        return self._declared if self.arguments is None else self.arguments(kernel)
+    #: Its arguments.
+    members: Callable[[Kernel], tuple[kinds.Member, ...]]
 
     @property
     def help(self) -> str:
@@ -72,12 +65,15 @@ class Command:
 def command(
     name: str, arguments: Callable[[Kernel], tuple[kinds.Member, ...]] | None = None
 ) -> Callable[[Callable[..., Any]], Command]:
-    """Make a Command of a function."""
+    """Make a Command of a function. `arguments`: where they depend on the kernel (its settings); else the function's own.
+
+    Raises TypeError for an annotation that QMP has no type for.
+    """
 
     def make(function: Callable[..., Any]) -> Command:
-        made = Command(name=name, function=function, arguments=arguments)
-        if arguments is None:
-            kinds.of_function(function)  # a wrong annotation is found now
-        return made
+        if arguments is not None:
+            return Command(name=name, function=function, members=arguments)
+        declared = kinds.of_function(function)
+        return Command(name=name, function=function, members=lambda _: declared)
 
     return make

@@ -8,8 +8,8 @@ docs/reference/monitor.md for where this differs.
 
 from __future__ import annotations
 
-import itertools
 import re
+from collections import deque
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -208,7 +208,7 @@ def _match_end(pattern: re.Pattern[bytes], data: bytearray, at: int) -> int:
 
 def parse(tokens: list[tuple[str, Any]]) -> Any:
     """The value that the tokens of a message are. Raises _Fault. It does not recurse: hostile nesting costs no stack."""
-    following = iter(tokens)
+    following = deque(tokens)
     #: Those that are open, each with the key that it has in the one around it.
     containers: list[tuple[Any, str]] = []
     key = ""
@@ -222,14 +222,13 @@ def parse(tokens: list[tuple[str, Any]]) -> Any:
                 if kind == "{":
                     key = _key(ahead, following, value)
                 else:
-                    following = itertools.chain((ahead,), following)
+                    following.appendleft(ahead)
                 continue
             containers.pop()
         else:
             value = _scalar(kind, text)
-        while (
-            containers
-        ):  # a value has ended: it has a place in what is around it, which may end as well
+        # A value has ended: it has its place in what is around it, which may end as well.
+        while containers:
             around, outer_key = containers[-1]
             if isinstance(around, dict):
                 around[key] = value
@@ -255,16 +254,14 @@ def _fail(text: str) -> NoReturn:
     raise _Fault(f"JSON parse error, {text}")
 
 
-def _next(tokens: Iterator[tuple[str, Any]]) -> tuple[str, Any]:
+def _next(tokens: deque[tuple[str, Any]]) -> tuple[str, Any]:
     """A message ends only where its brackets do: so there is one, but in what is wrong anyway."""
-    for token in tokens:
-        return token
-    _fail("premature EOI")
+    if not tokens:
+        _fail("premature EOI")
+    return tokens.popleft()
 
 
-def _key(
-    token: tuple[str, Any], following: Iterator[tuple[str, Any]], around: dict[str, Any]
-) -> str:
+def _key(token: tuple[str, Any], following: deque[tuple[str, Any]], around: dict[str, Any]) -> str:
     """The key that begins with `token`, and the colon behind it."""
     key = None if token[0] in _CLOSING else _scalar(*token)
     if not isinstance(key, str):

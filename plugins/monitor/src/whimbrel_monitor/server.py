@@ -107,10 +107,9 @@ class Server:
         atexit.unregister(self.close)
         self.kernel.notifiers.remove(self._notified)
         self._listener.close()
+        self._acceptor.join()  # first: whom it let in last is let go by the loop
         self._call(self._stop.set)
-        for thread in (self._acceptor, self._thread):
-            if thread is not threading.current_thread():
-                thread.join()
+        self._thread.join()
 
     def __repr__(self) -> str:
         return f"<monitor at {' '.join(self.addresses)}, {len(self.clients)} clients>"

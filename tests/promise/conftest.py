@@ -23,16 +23,16 @@ class World:
     def destination(self):
         return self.pair.destination
 
-    def go(self, *, triggers=(), direct=False, link=True, kind="tcp"):
-        """Start a migration through a link with these triggers; returns the link (None without)."""
+    def go(self, *, triggers=(), direct=False, link=True, kind="tcp", filters=""):
+        """Start a migration through a link with these triggers; returns the link (None without). filters: `zstd::`."""
         uri = "tcp:127.0.0.1:0" if kind == "tcp" else f"unix:{self.pair.directory}/m.sock"
-        address = self.destination.call("incoming", uri=uri)["addresses"][0]
+        address = self.destination.call("incoming", uri=filters + uri)["addresses"][0]
         if not link:
             self.source.call("migrate", uri=address)
             return None
-        between = Link(address, triggers=triggers)
+        between = Link(address.removeprefix(filters), triggers=triggers)
         uri = between.uri.replace(",direct=off", "") if direct else between.uri
-        self.source.call("migrate", uri=uri)
+        self.source.call("migrate", uri=filters + uri)
         return between
 
     def impatient(self):

@@ -248,11 +248,18 @@ class Transport(abc.ABC):
 
 
 class Filter(abc.ABC):
-    """Something that a channel passes through: `name::scheme:rest`."""
+    """Something that a channel passes through: `name::scheme:rest`. Made once for each use of a URI."""
+
+    def begin(self, ctx: TransportContext) -> None:
+        """What the transport is given to connect or listen, before it does and before wrap()."""
 
     @abc.abstractmethod
     def wrap(self, channel: Channel, role: Role) -> Channel:
         """The channel to use instead. Closing it closes the wrapped one."""
+
+    def query(self) -> dict[str, Any]:
+        """Members of query-migrate, each with a name that begins with `x-`. From any thread, also after the end."""
+        return {}
 
 
 def _load(target: str | Callable[[], T]) -> Callable[[], T]:

@@ -56,6 +56,7 @@ class Incoming(Run):
 
     def listen(self, route: Route) -> None:
         """Open the address; run() does the rest."""
+        self.route = route
         self._listener = route.listen(self.kernel.context(Role.DESTINATION, self._cancel_fd))
         self.addresses = self._listener.addresses
         self.socket_addresses = self._listener.socket_addresses

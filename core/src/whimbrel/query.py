@@ -29,6 +29,8 @@ def migration_info(state: MigrationState, run: Run | None) -> dict[str, Any]:
         info |= {k: round(v * 1000) for k, v in figures.times().items() if v is not None}
         for handler in run.handlers:
             info |= handler.query()
+    if run is not None:
+        info |= run.route.query()
     if status is Status.FAILED and state.error is not None:
         info["error-desc"] = str(state.error)
     if state.has_finished and state.outcome is not None:

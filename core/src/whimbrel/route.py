@@ -31,11 +31,21 @@ class Route:
         return cls(uri, transport, transport.parse(uri.rest), filters)
 
     def connect(self, ctx: TransportContext) -> Channel:
+        self._begin(ctx)
         return self._wrap(self.transport.connect(self.address, ctx), ctx.role)
 
     def listen(self, ctx: TransportContext) -> Listener:
+        self._begin(ctx)
         listener = self.transport.listen(self.address, ctx)
         return _FilteringListener(self, listener, ctx.role) if self.filters else listener
+
+    def query(self) -> dict[str, Any]:
+        """What the filters add to query-migrate."""
+        return {name: value for each in self.filters for name, value in each.query().items()}
+
+    def _begin(self, ctx: TransportContext) -> None:
+        for each in self.filters:
+            each.begin(ctx)
 
     def _wrap(self, channel: Channel, role: Role) -> Channel:
         """The filters around a channel, the one written last being next to it."""

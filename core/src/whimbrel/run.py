@@ -21,6 +21,7 @@ from whimbrel.wire.format import GlobalStateForm
 
 if TYPE_CHECKING:
     from whimbrel.kernel import Kernel
+    from whimbrel.route import Route
 
 #: Seconds that a cancelled run waits for the notifiers of `cancelling`.
 _PATIENCE = 1.0
@@ -34,6 +35,8 @@ _FINAL = {
 
 class Run(Handle):
     """One run of a kernel. Its thread calls run(), which ends with _end()."""
+
+    route: Route
 
     def __init__(self, kernel: Kernel, handlers: list[SaveVMHandler]) -> None:
         super().__init__()

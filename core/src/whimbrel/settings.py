@@ -189,6 +189,7 @@ def _convert(parameter: Parameter, value: Any) -> Any:
     if kind is Type.STR:
         return str(value)
     if kind is Type.CHOICE:
+        value = str(value)
         if value not in parameter.choices:
             raise ValueError(
                 f"does not accept value '{value}' (one of {', '.join(parameter.choices)})"

@@ -75,7 +75,7 @@ class OutStream(_Latched):
             return
         self._small += data
         if len(self._small) >= COLLECT:
-            self.flush()
+            self.write_all([])
 
     def write_all(self, buffers: Sequence[Buffer]) -> None:
         """Send large buffers at once, in order, behind what was collected."""

@@ -8,6 +8,8 @@ import attrs
 
 MAGIC = 0x5145564D  # "QEVM"
 VERSION = 3
+#: What begins a zstd frame (RFC 8878), read as ours: a source behind a filter that compresses, and nobody who unpacks.
+MAGIC_ZSTD = 0x28B52FFD
 
 #: Bounds that we put on lengths before anything is allocated. The format itself allows 4 GiB.
 MAX_MACHINE_NAME = 256

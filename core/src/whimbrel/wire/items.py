@@ -11,6 +11,7 @@ from whimbrel.errors import StreamError
 from whimbrel.wire.format import (
     COMMAND_LENGTH,
     MAGIC,
+    MAGIC_ZSTD,
     MAX_CAPABILITIES,
     MAX_MACHINE_NAME,
     MAX_VMDESCRIPTION,
@@ -23,6 +24,10 @@ _U32 = struct.Struct(">I")
 _SECTION = struct.Struct(">BI")
 _INSTANCE = struct.Struct(">II")
 _COMMAND = struct.Struct(">BHH")
+
+_COMPRESSED = (
+    "It is compressed with zstd: write zstd:: in front of the URI here, as the source does"
+)
 
 
 class Reader(Protocol):
@@ -123,6 +128,7 @@ def read_header(reader: Reader) -> None:
             offset=offset,
             expected="51 45 56 4d ('QEVM')",
             found=_U32.pack(magic).hex(" "),
+            hint=_COMPRESSED if magic == MAGIC_ZSTD else None,
         )
     version = read_u32(reader)
     if version != VERSION:

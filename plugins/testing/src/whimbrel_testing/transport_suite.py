@@ -39,6 +39,7 @@ from whimbrel import (
     Channel,
     ChannelError,
     DeadlineExceeded,
+    FilterSpec,
     Listener,
     Role,
     Transport,
@@ -46,6 +47,8 @@ from whimbrel import (
     TransportSpec,
     UriError,
 )
+from whimbrel.route import Route
+from whimbrel.uri import Uri, parse_uri
 
 T = TypeVar("T")
 MIB = 1 << 20
@@ -219,6 +222,8 @@ class TransportSuite:
     accept_waits = True
     #: What both sides claim of their channels.
     eof_means_peer_gone = False
+    #: For the suite of a filter: what all channels of the transport pass through.
+    filters: tuple[FilterSpec, ...] = ()
     #: Seconds after which something hangs.
     patience = 10.0
 
@@ -255,19 +260,26 @@ class TransportSuite:
         """A deadline that only what hangs will miss."""
         return time.monotonic() + self.patience
 
-    def listen(self, ends: Ends, **kwargs: Any) -> Listener:
+    def _route(self, text: str) -> Route:
+        """To what stands behind `scheme:`."""
         transport = self.transport
-        return transport.listen(
-            transport.parse(ends.listen), self.context(Role.DESTINATION, **kwargs)
+        return Route(
+            Uri(self.scheme, text, tuple(spec.name for spec in self.filters)),
+            transport,
+            transport.parse(text),
+            tuple(spec.create() for spec in self.filters),
         )
 
+    def listen(self, ends: Ends, **kwargs: Any) -> Listener:
+        return self._route(ends.listen).listen(self.context(Role.DESTINATION, **kwargs))
+
     def connect(self, ends: Ends, listener: Listener | None, **kwargs: Any) -> Channel:
-        transport = self.transport
         text = ends.connect
         if text is None:
             assert listener is not None
-            text = listener.addresses[0].partition(":")[2]
-        return transport.connect(transport.parse(text), self.context(Role.SOURCE, **kwargs))
+            names = [spec.name for spec in self.filters]
+            text = parse_uri(listener.addresses[0], names).rest
+        return self._route(text).connect(self.context(Role.SOURCE, **kwargs))
 
     @pytest.fixture
     def pair(self, ends: Ends) -> Iterator[Pair]:
@@ -500,13 +512,7 @@ class TransportSuite:
         channel.abort()
 
     def test_abort_ends_send(self, pair: Pair) -> None:
-        data = [bytes(MIB)]
-
-        def send_for_ever() -> None:
-            while True:
-                pair.source.send(data)
-
-        self._aborted(pair.source, send_for_ever)
+        self._aborted(pair.source, lambda: _send_for_ever(pair.source))
 
     def test_abort_ends_receive(self, pair: Pair) -> None:
         view = memoryview(bytearray(8))
@@ -521,13 +527,8 @@ class TransportSuite:
         answers = pair.source.return_path()
         if answers is None:
             pytest.skip("one way only")
-        data, view = [bytes(MIB)], memoryview(bytearray(8))
-
-        def send_for_ever() -> None:
-            while True:
-                pair.source.send(data)
-
-        self._aborted(pair.source, send_for_ever, lambda: answers.recv_into(view))
+        view = memoryview(bytearray(8))
+        self._aborted(pair.source, lambda: _send_for_ever(pair.source), lambda: answers.recv_into(view))
 
     def test_after_an_abort_even_what_had_arrived_is_refused(self, pair: Pair) -> None:
         pair.source.send([b"arrived"])
@@ -569,7 +570,8 @@ class TransportSuite:
             assert channel.eof_means_peer_gone is self.eof_means_peer_gone
             assert channel.extension(type(channel)) is channel
             assert channel.extension(_Nothing) is None
-        assert all(address.startswith(f"{self.scheme}:") for address in pair.listener.addresses)
+        begin = "".join(f"{spec.name}::" for spec in self.filters) + f"{self.scheme}:"
+        assert all(address.startswith(begin) for address in pair.listener.addresses)
 
     def test_errors_name_the_channel(self, pair: Pair) -> None:
         pair.source.abort()
@@ -677,6 +679,12 @@ class TransportSuite:
             os.eventfd_write(cancel, 1)
             assert isinstance(connecting.error(self.patience), Cancelled)
         hang.undo()
+
+
+def _send_for_ever(channel: Channel) -> None:
+    """Bytes that no filter makes less of."""
+    while True:
+        channel.send([os.urandom(MIB)])
 
 
 class _Nothing:

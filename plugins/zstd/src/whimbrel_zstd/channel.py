@@ -1,0 +1,257 @@
+"""The filter zstd, and its channel."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import attrs
+
+from whimbrel import (
+    Channel,
+    ChannelError,
+    DeadlineExceeded,
+    EndOfStream,
+    Filter,
+    MigrationError,
+    Role,
+    TransportContext,
+)
+from whimbrel.channel import Buffer, WrappedChannel
+from whimbrel_zstd.frames import MAX_PIECE, Packer, Unpacker
+from whimbrel_zstd.pace import Pace
+from whimbrel_zstd.plugin import AUTO
+
+log = logging.getLogger("whimbrel.zstd")
+
+#: Bytes that are compressed between two looks at the link: a harder level takes some tens of milliseconds for them.
+PIECE = 1 << 20
+#: Compressed bytes that are read at once.
+READ = 256 << 10
+
+
+@attrs.define
+class Flow:
+    """Bytes of one direction, before and after compression."""
+
+    plain: int = 0
+    compressed: int = 0
+
+    @property
+    def ratio(self) -> float:
+        return self.plain / self.compressed if self.compressed else 1.0
+
+
+class ZstdFilter(Filter):
+    """Of all channels of one side."""
+
+    def __init__(self) -> None:
+        self._settings: Any = None
+        self._channels: list[ZstdChannel] = []
+
+    def begin(self, ctx: TransportContext) -> None:
+        self._settings = ctx.settings
+
+    def wrap(self, channel: Channel, role: Role) -> ZstdChannel:
+        wrapped = ZstdChannel(channel, self, role)
+        self._channels.append(wrapped)
+        return wrapped
+
+    def fixed_level(self) -> int | None:
+        """The level that the user has set, or None for the one that the channel finds."""
+        level = AUTO if self._settings is None else self._settings.get("zstd-level", AUTO)
+        return None if level == AUTO else int(level)
+
+    def query(self) -> dict[str, Any]:
+        """Of the direction from source to destination; the level is the main channel's, on the source."""
+        if not self._channels:
+            return {}
+        main = self._channels[0]
+        sends = main.role is Role.SOURCE
+        flows = [each.sent if sends else each.received for each in self._channels]
+        total = Flow(sum(f.plain for f in flows), sum(f.compressed for f in flows))
+        members = attrs.asdict(total) | {"ratio": round(total.ratio, 2)}
+        return {"x-zstd": members | {"level": main.level} if sends else members}
+
+
+class ZstdChannel(WrappedChannel):
+    """Compresses in both directions.
+
+    What send() was given can be unpacked at the other end when it returns. flush() ends the frame, so that the checksum of
+    all before it has been compared when the other side answers. On the destination each send(), an answer, is a frame
+    of its own: it may be its last word.
+    """
+
+    def __init__(self, inner: Channel, owner: ZstdFilter, role: Role) -> None:
+        super().__init__(inner)
+        self.role = role
+        self.sent, self.received = Flow(), Flow()
+        self._owner = owner
+        self._gone: str | None = None
+        self._packer, self._pace = Packer(), Pace()
+        self._unpacker = Unpacker()
+        self._buffer = memoryview(bytearray(READ + MAX_PIECE))
+        self._start = self._end = 0
+        self._ready = memoryview(b"")  # unpacked, and not yet received
+        # Of the input; raised when what came before it was received.
+        self._error: MigrationError | None = None
+
+    def rewrap(self, channel: Channel) -> Channel:
+        return self if channel is self.inner else self._owner.wrap(channel, self.role)
+
+    @property
+    def level(self) -> int:
+        """In use, or to be with the next frame."""
+        fixed = self._owner.fixed_level()
+        return self._pace.level if fixed is None else fixed
+
+    def _check(self) -> None:
+        if self._gone is not None:
+            raise ChannelError(f"{self.name} {self._gone}")
+
+    # ---- writing
+
+    def send(self, buffers: Sequence[Buffer]) -> None:
+        self._check()
+        for pieces in _portions(buffers):
+            began = time.monotonic()
+            packed = self._packer.pack(pieces, self.level, end=self.role is Role.DESTINATION)
+            compressed = time.monotonic()
+            self.inner.send(packed)
+            sent = time.monotonic()
+            plain, small = sum(map(len, pieces)), sum(map(len, packed))
+            self.sent.plain += plain
+            self.sent.compressed += small
+            self._pace.account(compressed - began, sent - compressed, plain, small)
+
+    def _end_frame(self) -> None:
+        self._check()
+        end = self._packer.finish()
+        if end:
+            self.inner.send([end])
+            self.sent.compressed += len(end)
+
+    def flush(self) -> None:
+        self._end_frame()
+        self.inner.flush()
+
+    def finish(self, deadline: float | None = None) -> None:
+        self._end_frame()
+        self.inner.finish(deadline)
+
+    # ---- reading
+
+    def recv_into(self, view: memoryview) -> int:
+        self._check()
+        view = view.cast("B")
+        if not self._ready and not self._fill(None):
+            return 0
+        got = 0
+        while True:
+            n = min(len(view) - got, len(self._ready))
+            view[got : got + n] = self._ready[:n]
+            self._ready = self._ready[n:]
+            got += n
+            # An error in what follows is for the next call.
+            with contextlib.suppress(MigrationError):
+                if got < len(view) and self._unpack():
+                    continue
+            return got
+
+    def peek(self, n: int, deadline: float | None = None) -> bytes:
+        self._check()
+        if not self._ready:
+            self._fill(deadline)
+        elif len(self._ready) < n:
+            with contextlib.suppress(MigrationError):
+                self._fill(time.monotonic())
+        return bytes(self._ready[:n])
+
+    def _fill(self, deadline: float | None) -> bool:
+        """Wait until there is more that is ready; False at the end."""
+        late = False
+        while not self._unpack():
+            if late:
+                raise DeadlineExceeded(f"timed out waiting for {self.name}")
+            if deadline is not None:
+                self.inner.peek(1, deadline)
+            self._make_room()
+            n = self.inner.recv_into(self._buffer[self._end :])
+            self._check()
+            if not n:
+                self._ended()
+                return False
+            self._end += n
+            self.received.compressed += n
+            late = deadline is not None and time.monotonic() >= deadline
+        return True
+
+    def _unpack(self) -> bool:
+        """More is ready, of what has arrived."""
+        if self._error is not None:
+            raise self._error
+        while self._start < self._end:
+            try:
+                taken = self._unpacker.take(self._buffer[self._start : self._end])
+            except MigrationError as error:
+                self._error = error
+                error.message = f"{self.name}: {error.message}"
+                raise
+            if taken is None:
+                return False
+            size, unpacked = taken
+            self._start += size
+            if unpacked:
+                self._ready = memoryview(bytes(self._ready) + unpacked if self._ready else unpacked)
+                self.received.plain += len(unpacked)
+                return True
+        return False
+
+    def _make_room(self) -> None:
+        rest = self._end - self._start
+        if len(self._buffer) - self._end < READ:
+            self._buffer[:rest] = bytes(self._buffer[self._start : self._end])
+            self._start, self._end = 0, rest
+
+    def _ended(self) -> None:
+        if self._unpacker.in_frame or self._start < self._end:
+            self._error = EndOfStream(
+                f"{self.name} ended within a zstd frame",
+                offset=self._unpacker.offset + self._end - self._start,
+                expected="the rest of it",
+                hint="The link was cut, or the sender is gone",
+            )
+            raise self._error
+
+    # ---- ending
+
+    def abort(self) -> None:
+        self._gone = self._gone or "was aborted"
+        self.inner.abort()
+
+    def close(self) -> None:
+        first, self._gone = self._gone != "is closed", "is closed"
+        self.inner.close()
+        if first:
+            for what, flow in (("sent", self.sent), ("received", self.received)):
+                log.info("%s: %d bytes %s as %d", self.name, flow.plain, what, flow.compressed)
+
+
+def _portions(buffers: Sequence[Buffer]) -> Iterator[list[memoryview]]:
+    """The buffers in order, in lists of PIECE bytes and less."""
+    portion: list[memoryview] = []
+    room = PIECE
+    for buffer in buffers:
+        todo = memoryview(buffer).cast("B")
+        while len(todo):
+            piece, todo = todo[:room], todo[room:]
+            portion.append(piece)
+            room -= len(piece)
+            if not room:
+                yield portion
+                portion, room = [], PIECE
+    if portion:
+        yield portion

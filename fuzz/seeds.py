@@ -11,6 +11,7 @@ import targets
 import whimbrel_device as wd
 from whimbrel_testing.wrong import all_cases
 from whimbrel_testing.wrong.pieces import STATE_TEXT, TIMER_PAYLOAD, TIMER_TEXT, opaque, text
+from whimbrel_zstd.frames import Packer
 
 #: Committed: one file for each bug that was found, and a name that tells which.
 REGRESSIONS = Path(__file__).parent / "regressions"
@@ -60,7 +61,25 @@ def _qmp() -> Iterator[bytes]:
         yield b"\6" + said
 
 
-SEEDS = {"stream": _stream, "vmdescription": _vmdescription, "vmstate": _vmstate, "qmp": _qmp}
+def _zstd() -> Iterator[bytes]:
+    block = (128 << 10 << 3 | 2).to_bytes(3, "little") + b"x"  # that byte, 128 KiB times
+    yield b"\x10\x28\xb5\x2f\xfd\x00\x38" + block * 3
+    for level in (-7, 1, 12):
+        packer = Packer()
+        packed = packer.pack([memoryview(b"text " * 100), memoryview(bytes(range(256)))], level)
+        yield b"\x00" + b"".join(packed)
+        yield b"\xff" + b"".join(packed) + packer.finish()
+        packed += packer.pack([memoryview(b"another frame")], level, end=True)
+        yield b"\x01" + b"".join(packed)
+
+
+SEEDS = {
+    "stream": _stream,
+    "vmdescription": _vmdescription,
+    "vmstate": _vmstate,
+    "qmp": _qmp,
+    "zstd": _zstd,
+}
 
 
 def seeds(target: str) -> Iterator[bytes]:

@@ -11,8 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import attrs
+import zstandard
 
 import whimbrel_device as wd
+from whimbrel import EndOfStream, Plugins, Role
+from whimbrel.channel import MemoryChannel
 from whimbrel.errors import MigrationError, StreamError
 from whimbrel_device import vmdesc
 from whimbrel_monitor.reader import Reader
@@ -21,6 +24,8 @@ from whimbrel_testing.wrong.mutate import keep_and_take_again, load_app
 
 #: Bytes of a payload that a description is laid over.
 MAX_PAYLOAD = 64 << 10
+#: Bytes that a target unpacks.
+MAX_UNPACKED = 4 << 20
 
 
 def stream(data: bytes) -> None:
@@ -90,11 +95,35 @@ def _read_qmp(text: bytes, step: int) -> list[Any]:
     return found
 
 
+def zstd(data: bytes) -> None:
+    """What a channel with the filter receives. The first byte is how much is asked for at once; what comes out whole is what
+    zstd itself makes of it.
+    """
+    if not data:
+        return
+    step, data = 1 + data[0] * 64, data[1:]
+    channel = PLUGINS.filter("zstd").wrap(MemoryChannel(data), Role.DESTINATION)
+    out, view = bytearray(), memoryview(bytearray(step))
+    try:
+        while n := channel.recv_into(view):
+            out += view[:n]
+            if len(out) > MAX_UNPACKED:
+                return
+    except (EndOfStream, StreamError) as error:
+        if error.offset is None or error.offset > len(data):
+            raise AssertionError("an error at no place of the input") from error
+        return
+    whole = zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True)
+    assert whole.read(MAX_UNPACKED + 1) == out
+
+
+PLUGINS = Plugins.load()
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "stream": stream,
     "vmdescription": vmdescription,
     "vmstate": vmstate,
     "qmp": qmp,
+    "zstd": zstd,
 }
 
 # ---- a field of every kind

@@ -12,6 +12,7 @@ class TestOverTcp(TransportSuite):
     plugin = whimbrel_tcp.plugin
     scheme = "tcp"
     good_texts = ("127.0.0.1:4444",)
+    bad_texts = ("127.0.0.1",)
     filters = tuple(whimbrel_zstd.plugin.filters())
     eof_means_peer_gone = True
 
@@ -29,6 +30,7 @@ class TestOverUnix(TransportSuite):
     plugin = whimbrel_unix.plugin
     scheme = "unix"
     good_texts = ("/run/some.sock",)
+    bad_texts = ("",)
     filters = tuple(whimbrel_zstd.plugin.filters())
     eof_means_peer_gone = True
 

@@ -528,7 +528,9 @@ class TransportSuite:
         if answers is None:
             pytest.skip("one way only")
         view = memoryview(bytearray(8))
-        self._aborted(pair.source, lambda: _send_for_ever(pair.source), lambda: answers.recv_into(view))
+        self._aborted(
+            pair.source, lambda: _send_for_ever(pair.source), lambda: answers.recv_into(view)
+        )
 
     def test_after_an_abort_even_what_had_arrived_is_refused(self, pair: Pair) -> None:
         pair.source.send([b"arrived"])

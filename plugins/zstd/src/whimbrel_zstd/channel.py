@@ -6,7 +6,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import attrs
 
@@ -22,8 +22,11 @@ from whimbrel import (
 )
 from whimbrel.channel import Buffer, WrappedChannel
 from whimbrel_zstd.frames import MAX_PIECE, Packer, Unpacker
-from whimbrel_zstd.pace import Pace
+from whimbrel_zstd.pace import START, Pace
 from whimbrel_zstd.plugin import AUTO
+
+if TYPE_CHECKING:
+    from whimbrel.settings import Settings
 
 log = logging.getLogger("whimbrel.zstd")
 
@@ -45,19 +48,30 @@ class Flow:
         return self.plain / self.compressed if self.compressed else 1.0
 
 
+@attrs.define
+class Statistics:
+    """Of one channel, which they outlive. Each flow is written by one thread."""
+
+    sent: Flow = attrs.field(factory=Flow)
+    received: Flow = attrs.field(factory=Flow)
+    #: Last sent with.
+    level: int = START
+
+
 class ZstdFilter(Filter):
     """Of all channels of one side."""
 
     def __init__(self) -> None:
-        self._settings: Any = None
-        self._channels: list[ZstdChannel] = []
+        self._settings: Settings | None = None
+        self._role = Role.SOURCE
+        self._statistics: list[Statistics] = []
 
     def begin(self, ctx: TransportContext) -> None:
-        self._settings = ctx.settings
+        self._settings, self._role = ctx.settings, ctx.role
 
     def wrap(self, channel: Channel, role: Role) -> ZstdChannel:
         wrapped = ZstdChannel(channel, self, role)
-        self._channels.append(wrapped)
+        self._statistics.append(wrapped.statistics)
         return wrapped
 
     def fixed_level(self) -> int | None:
@@ -67,14 +81,15 @@ class ZstdFilter(Filter):
 
     def query(self) -> dict[str, Any]:
         """Of the direction from source to destination; the level is the main channel's, on the source."""
-        if not self._channels:
+        if not self._statistics:
             return {}
-        main = self._channels[0]
-        sends = main.role is Role.SOURCE
-        flows = [each.sent if sends else each.received for each in self._channels]
+        sends = self._role is Role.SOURCE
+        flows = [each.sent if sends else each.received for each in self._statistics]
         total = Flow(sum(f.plain for f in flows), sum(f.compressed for f in flows))
         members = attrs.asdict(total) | {"ratio": round(total.ratio, 2)}
-        return {"x-zstd": members | {"level": main.level} if sends else members}
+        if sends:
+            members["level"] = self._statistics[0].level
+        return {"x-zstd": members}
 
 
 class ZstdChannel(WrappedChannel):
@@ -88,7 +103,7 @@ class ZstdChannel(WrappedChannel):
     def __init__(self, inner: Channel, owner: ZstdFilter, role: Role) -> None:
         super().__init__(inner)
         self.role = role
-        self.sent, self.received = Flow(), Flow()
+        self.statistics = Statistics()
         self._owner = owner
         self._gone: str | None = None
         self._packer, self._pace = Packer(), Pace()
@@ -102,12 +117,6 @@ class ZstdChannel(WrappedChannel):
     def rewrap(self, channel: Channel) -> Channel:
         return self if channel is self.inner else self._owner.wrap(channel, self.role)
 
-    @property
-    def level(self) -> int:
-        """In use, or to be with the next frame."""
-        fixed = self._owner.fixed_level()
-        return self._pace.level if fixed is None else fixed
-
     def _check(self) -> None:
         if self._gone is not None:
             raise ChannelError(f"{self.name} {self._gone}")
@@ -116,15 +125,18 @@ class ZstdChannel(WrappedChannel):
 
     def send(self, buffers: Sequence[Buffer]) -> None:
         self._check()
+        flow, fixed = self.statistics.sent, self._owner.fixed_level()
         for pieces in _portions(buffers):
+            level = self._pace.level if fixed is None else fixed
+            self.statistics.level = level
             began = time.monotonic()
-            packed = self._packer.pack(pieces, self.level, end=self.role is Role.DESTINATION)
+            packed = self._packer.pack(pieces, level, end=self.role is Role.DESTINATION)
             compressed = time.monotonic()
             self.inner.send(packed)
             sent = time.monotonic()
             plain, small = sum(map(len, pieces)), sum(map(len, packed))
-            self.sent.plain += plain
-            self.sent.compressed += small
+            flow.plain += plain
+            flow.compressed += small
             self._pace.account(compressed - began, sent - compressed, plain, small)
 
     def _end_frame(self) -> None:
@@ -132,7 +144,7 @@ class ZstdChannel(WrappedChannel):
         end = self._packer.finish()
         if end:
             self.inner.send([end])
-            self.sent.compressed += len(end)
+            self.statistics.sent.compressed += len(end)
 
     def flush(self) -> None:
         self._end_frame()
@@ -185,7 +197,7 @@ class ZstdChannel(WrappedChannel):
                 self._ended()
                 return False
             self._end += n
-            self.received.compressed += n
+            self.statistics.received.compressed += n
             late = deadline is not None and time.monotonic() >= deadline
         return True
 
@@ -206,7 +218,7 @@ class ZstdChannel(WrappedChannel):
             self._start += size
             if unpacked:
                 self._ready = memoryview(bytes(self._ready) + unpacked if self._ready else unpacked)
-                self.received.plain += len(unpacked)
+                self.statistics.received.plain += len(unpacked)
                 return True
         return False
 
@@ -236,7 +248,8 @@ class ZstdChannel(WrappedChannel):
         first, self._gone = self._gone != "is closed", "is closed"
         self.inner.close()
         if first:
-            for what, flow in (("sent", self.sent), ("received", self.received)):
+            of = self.statistics
+            for what, flow in (("sent", of.sent), ("received", of.received)):
                 log.info("%s: %d bytes %s as %d", self.name, flow.plain, what, flow.compressed)
 
 

@@ -4,13 +4,14 @@ Of the time that a sender spends in compressing and in sending, the part in send
 the system takes the bytes at once as long as the link keeps up. Once in a window that part is looked at. More than half:
 the processor idles, so the next harder level. Less than a fifth: the processor is what the stream waits for, so the next
 easier level. In between the level stays. A level that turned out to be too slow is not tried again for some windows, and
-what hardly gets smaller at all is not compressed harder.
+what hardly gets smaller at all is not compressed harder. That is judged from level 1 on: below it zstd only looks for
+repetitions.
 """
 
 from __future__ import annotations
 
 #: From fast to small. The levels below 1 differ little from their neighbours.
-STEPS = (-7, -5, -3, -1, *range(1, 13))
+STEPS: tuple[int, ...] = (-7, -5, -3, -1, *range(1, 13))
 START = 1
 #: Seconds of work that a decision is taken on.
 WINDOW = 0.1
@@ -57,5 +58,5 @@ class Pace:
         if held_up < NOT_HELD_UP and self._step > 0:
             self._too_slow, self._patience = self._step, PATIENCE
             self._step -= 1
-        elif held_up > HELD_UP and ratio >= WORTH_IT and self._step + 1 < self._too_slow:
-            self._step = min(self._step + 1, len(STEPS) - 1)
+        elif held_up > HELD_UP and (self.level < 1 or ratio >= WORTH_IT):
+            self._step = min(self._step + 1, self._too_slow - 1)

@@ -10,7 +10,7 @@ import pytest
 from whimbrel.errors import StreamError
 
 FUZZ = Path(__file__).parents[2] / "fuzz"
-NAMES = ("stream", "vmdescription", "vmstate", "qmp")
+NAMES = ("stream", "vmdescription", "vmstate", "qmp", "zstd")
 
 
 @pytest.fixture
@@ -46,6 +46,7 @@ def test_an_error_that_is_none_of_ours_is_noticed(fuzz, monkeypatch, name):
     monkeypatch.setattr(targets.vmdesc, "parse", broken)
     monkeypatch.setattr(targets.wd, "decode", broken)
     monkeypatch.setattr(targets.Session, "receive", broken)
+    monkeypatch.setattr(targets.PLUGINS, "filter", broken)
     with pytest.raises(KeyError):
         targets.TARGETS[name](b"\3{}")
 

@@ -11,6 +11,7 @@ from whimbrel.channel import MemoryChannel
 from whimbrel_testing.pacing import Link
 from whimbrel_testing.peers import wait_until
 from whimbrel_testing.transport_suite import Task, pattern, read_exactly
+from whimbrel_zstd.channel import SHORT
 from whimbrel_zstd.frames import MAX_BLOCK
 from whimbrel_zstd.pace import START, STEPS
 
@@ -114,12 +115,9 @@ def test_a_level_that_is_set_is_used_from_the_next_frame_on(kernel, wrap):
     data = pattern(MIB).translate(HALF)
     for level in ("-7", "9", 1):
         kernel.settings["zstd-level"] = level
-        channel.flush()  # the frame that is open keeps its level
-        channel.send([b"x"])
-        channel.flush()
+        channel.send([b"x"])  # the end of the frame that is open, in its own level
         before = channel.statistics.sent.compressed
         channel.send([data])
-        channel.flush()
         sizes[str(level)] = channel.statistics.sent.compressed - before
         assert channel.statistics.level == int(level)
     assert sizes["-7"] > sizes["1"] > 0.4 * MIB
@@ -139,19 +137,37 @@ def test_what_was_sent_is_there_without_a_flush(connect):
         sending.result(PATIENCE)
 
 
-def test_a_flush_ends_the_frame_so_that_its_checksum_is_compared(wrap):
+def test_what_is_short_ends_its_frame_and_nothing_follows_it(wrap):
+    """Who has read it may hang up: a byte behind it would meet a closed connection."""
+    wire = MemoryChannel()
+    channel = wrap(wire)
+    for data in (pattern(MIB), b"PING", b"end"):
+        channel.send([data])
+    at = len(wire.data)
+    channel.flush()
+    channel.finish()
+    assert len(wire.data) == at
+    assert read_exactly(wrap(MemoryChannel(wire.data)), 2 * MIB) == pattern(MIB) + b"PINGend"
+
+
+def test_a_short_one_is_compared_with_its_checksum(wrap):
     wire = MemoryChannel()
     channel = wrap(wire)
     channel.send([b"section"])
-    assert wrap(MemoryChannel(wire.data)).peek(7) == b"section"
-    channel.flush()
-    at = len(wire.data)
-    channel.flush()
-    assert len(wire.data) == at, "there is nothing to end"
     wire.data[-1] ^= 1  # of the checksum
     reader = wrap(MemoryChannel(wire.data), Role.DESTINATION)
     with pytest.raises(StreamError, match="memory: .*checksum"):
-        read_exactly(reader, 8)
+        read_exactly(reader, 7)
+
+
+def test_a_frame_goes_on_over_long_ones(wrap):
+    """What repeats is found again."""
+    channel = wrap(MemoryChannel())
+    data = pattern(SHORT)
+    channel.send([data])
+    before = channel.statistics.sent.compressed
+    channel.send([data])
+    assert channel.statistics.sent.compressed - before < 1000
 
 
 def test_an_answer_is_a_frame_of_its_own(wrap):
@@ -186,21 +202,20 @@ def test_several_channels_are_counted_together(connect):
 
 def test_the_end_within_a_frame_is_no_end_in_order(wrap):
     wire = MemoryChannel()
-    channel = wrap(wire)
-    channel.send([b"first", b"second"])
+    channel, data = wrap(wire), pattern(SHORT)
+    channel.send([data])
+    within = len(wire.data)  # all has come, and the frame has not ended
     channel.finish()
     whole = bytes(wire.data)
-    for size in range(len(whole)):
+    for size in (1, 5, 8, 100, within - 1, within, within + 1, len(whole) - 1):
         reader = wrap(MemoryChannel(whole[:size]), Role.DESTINATION)
-        if not size:
-            assert reader.recv_into(memoryview(bytearray(20))) == 0
-            continue
         with pytest.raises(EndOfStream, match="within a zstd frame") as caught:
-            read_exactly(reader, 20)
+            read_exactly(reader, 2 * SHORT)
         assert caught.value.offset == size
         with pytest.raises(EndOfStream):
             reader.peek(1)
-    assert read_exactly(wrap(MemoryChannel(whole)), 20) == b"firstsecond"
+    assert wrap(MemoryChannel()).recv_into(memoryview(bytearray(20))) == 0
+    assert read_exactly(wrap(MemoryChannel(whole)), 2 * SHORT) == data
 
 
 def test_what_came_before_an_error_is_received_before_it(wrap):

@@ -21,7 +21,7 @@ from whimbrel import (
     TransportContext,
 )
 from whimbrel.channel import Buffer, WrappedChannel
-from whimbrel_zstd.frames import MAX_PIECE, Packer, Unpacker
+from whimbrel_zstd.frames import MAX_BLOCK, MAX_PIECE, Packer, Unpacker
 from whimbrel_zstd.pace import START, Pace
 from whimbrel_zstd.plugin import AUTO
 
@@ -32,6 +32,8 @@ log = logging.getLogger("whimbrel.zstd")
 
 #: Bytes that are compressed between two looks at the link: a harder level takes some tens of milliseconds for them.
 PIECE = 1 << 20
+#: Less than that ends its frame.
+SHORT = MAX_BLOCK
 #: Compressed bytes that are read at once.
 READ = 256 << 10
 
@@ -95,9 +97,10 @@ class ZstdFilter(Filter):
 class ZstdChannel(WrappedChannel):
     """Compresses in both directions.
 
-    What send() was given can be unpacked at the other end when it returns. flush() ends the frame, so that the checksum of
-    all before it has been compared when the other side answers. On the destination each send(), an answer, is a frame
-    of its own: it may be its last word.
+    What send() was given can be unpacked at the other end when it returns. A short one also ends its frame, and so does
+    each answer of a destination: all before it has been compared with its checksum when the other side has it, and no byte
+    follows what may be the last thing that the other side reads. Frames go on over long ones, RAM, since what
+    repeats is found within a frame only.
     """
 
     def __init__(self, inner: Channel, owner: ZstdFilter, role: Role) -> None:
@@ -129,29 +132,25 @@ class ZstdChannel(WrappedChannel):
         for pieces in _portions(buffers):
             level = self._pace.level if fixed is None else fixed
             self.statistics.level = level
+            plain = sum(map(len, pieces))
             began = time.monotonic()
-            packed = self._packer.pack(pieces, level, end=self.role is Role.DESTINATION)
+            packed = self._packer.pack(
+                pieces, level, end=plain < SHORT or self.role is Role.DESTINATION
+            )
             compressed = time.monotonic()
             self.inner.send(packed)
             sent = time.monotonic()
-            plain, small = sum(map(len, pieces)), sum(map(len, packed))
+            small = sum(map(len, packed))
             flow.plain += plain
             flow.compressed += small
             self._pace.account(compressed - began, sent - compressed, plain, small)
 
-    def _end_frame(self) -> None:
+    def finish(self, deadline: float | None = None) -> None:
         self._check()
         end = self._packer.finish()
         if end:
             self.inner.send([end])
             self.statistics.sent.compressed += len(end)
-
-    def flush(self) -> None:
-        self._end_frame()
-        self.inner.flush()
-
-    def finish(self, deadline: float | None = None) -> None:
-        self._end_frame()
         self.inner.finish(deadline)
 
     # ---- reading

@@ -52,6 +52,12 @@ def test_a_level_that_was_too_slow_is_left_alone_for_a_while():
     assert levels[PATIENCE] > 2
 
 
+def test_levels_that_were_left_before_the_link_was_full_are_tried_again_at_once():
+    pace = Pace()
+    assert windows(pace, 3, 0.1) == [-1, -3, -5]
+    assert windows(pace, 5, 0.9) == [-3, -1, 1, 2, 3]
+
+
 def test_it_never_leaves_the_steps():
     pace = Pace()
     for n in range(200):

@@ -3,8 +3,8 @@
 Of the time that a sender spends in compressing and in sending, the part in sending is that in which the link held it up:
 the system takes the bytes at once as long as the link keeps up. Once in a window that part is looked at. More than half:
 the processor idles, so the next harder level. Less than a fifth: the processor is what the stream waits for, so the next
-easier level. In between the level stays. A level that turned out to be too slow is not tried again for some windows, and
-what hardly gets smaller at all is not compressed harder. That is judged from level 1 on: below it zstd only looks for
+easier level. In between the level stays. A level that was tried and is too slow is not tried again for some windows; that
+the first bytes meet empty buffers says nothing of the link, and costs nothing but a few windows. What hardly gets smaller at all is not compressed harder. That is judged from level 1 on: below it zstd only looks for
 repetitions.
 """
 
@@ -28,6 +28,7 @@ class Pace:
 
     def __init__(self) -> None:
         self._step = STEPS.index(START)
+        self._tried = False  # the last change was to this level, from an easier one
         self._too_slow = len(STEPS)  # not to be tried for the next windows
         self._patience = 0
         self._reset()
@@ -56,7 +57,12 @@ class Pace:
         if self._patience <= 0:
             self._too_slow = len(STEPS)
         if held_up < NOT_HELD_UP and self._step > 0:
-            self._too_slow, self._patience = self._step, PATIENCE
-            self._step -= 1
-        elif held_up > HELD_UP and (self.level < 1 or ratio >= WORTH_IT):
-            self._step = min(self._step + 1, self._too_slow - 1)
+            if self._tried:
+                self._too_slow, self._patience = self._step, PATIENCE
+            self._step, self._tried = self._step - 1, False
+        elif (
+            held_up > HELD_UP
+            and (self.level < 1 or ratio >= WORTH_IT)
+            and self._step + 1 < self._too_slow
+        ):
+            self._step, self._tried = self._step + 1, True

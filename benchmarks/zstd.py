@@ -3,7 +3,7 @@
     python benchmarks/zstd.py [--ram 512M] [--link 100e6] [--runs 3] [--content half] [--level auto] [--json]
 
 The same RAM migrates from one process to another with and without zstd::, in turns: through a link that carries so many
-bytes per second (a proxy that paces by absolute deadlines), and over loopback without one. The content is `text` (shared
+bytes per second (a proxy in the destination's process that paces by absolute deadlines), and over loopback without one. The content is `text` (shared
 libraries of this system), `random`, or `half`: of each 64 KiB one half of either. A slice of it is written again and again
 while it moves, so that there are several passes and a downtime. Rates are of memory, in bytes (10^6) per second. Beside the
 total time stands what the measured ratio allows: the bytes that went over the link, at the link's rate.
@@ -65,46 +65,52 @@ def machine(ram: int) -> tuple[Machine, RAMBlock]:
     return made, made.add(RAMBlock("ram", ram))
 
 
-def destination(pipe: Connection, ram: int, uri: str) -> None:
+def destination(pipe: Connection, ram: int, prefix: str, rate: float | None) -> None:
+    """Answers with the URI to connect to, and in the end with the bytes that the link carried."""
     logging.disable()
     sys.setswitchinterval(0.0005)
     made, block = machine(ram)
     block.buffer[:] = bytes(ram)  # the host's memory is there before the clock runs
     kernel = Kernel(made)
-    run = kernel.incoming(uri)
-    pipe.send(run.addresses[0])
-    run.wait()
-    pipe.recv()
+    run = kernel.incoming(f"{prefix}tcp:127.0.0.1:0")
+    address = run.addresses[0]
+    if rate is None:
+        pipe.send(address)
+        run.wait()
+        pipe.send(None)
+    else:
+        with Link(address.removeprefix(prefix), rate=rate) as link:
+            pipe.send(prefix + link.uri)
+            run.wait()
+            pipe.send(link.passed[Direction.FORWARD])
+            pipe.recv()
 
 
-def migrate(options: argparse.Namespace, kernel: Kernel, ram: memoryview, prefix: str, rate: float | None) -> dict[str, object]:  # fmt: skip
+def migrate(
+    options: argparse.Namespace, kernel: Kernel, ram: memoryview, prefix: str, rate: float | None
+) -> dict[str, object]:
     """One migration of the machine of `kernel`, which then runs on."""
     context = get_context("spawn")
     pipe, theirs = context.Pipe()
-    child = context.Process(
-        target=destination, args=(theirs, options.ram, f"{prefix}tcp:127.0.0.1:0")
-    )
+    child = context.Process(target=destination, args=(theirs, options.ram, prefix, rate))
     child.start()
     address = pipe.recv()
     kernel.machine.vm_start()
     over = threading.Event()
     writer = threading.Thread(target=write, args=(kernel.machine, ram, over))
     writer.start()
-    link = Link(address.removeprefix(prefix), rate=rate) if rate else None
     try:
-        result = kernel.migrate(address if link is None else prefix + link.uri).wait(600)
+        result = kernel.migrate(address).wait(600)
     finally:
         over.set()
         writer.join()
-        if link is not None:
-            link.close()
-        pipe.send("done")
-        child.join()
+    passed = pipe.recv()
+    pipe.send("done")
+    child.join()
     said = kernel.query()
     figures = result.figures
-    carried = said.get("x-zstd", {}).get("compressed", figures.transferred)
-    if link is not None:
-        carried = link.passed[Direction.FORWARD]
+    compressed = said.get("x-zstd", {}).get("compressed", figures.transferred)
+    carried = compressed if passed is None else passed
     return {
         "link": rate,
         "with": prefix or "plain",

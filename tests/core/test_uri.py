@@ -64,6 +64,38 @@ def test_filters_are_wrapped_around_both_ends(world):
         assert [n for n, r in order if r == role] == ["inner", "outer"]
 
 
+def test_a_filter_is_told_of_the_migration_and_adds_to_what_is_said_of_it(world):
+    begun = []
+
+    class Counting(Filter):
+        def begin(self, ctx):
+            begun.append((ctx.role.value, ctx.kernel))
+            self.wrapped = 0
+
+        def wrap(self, channel, role):
+            self.wrapped += 1
+            return channel
+
+        def query(self):
+            return {"x-counting": self.wrapped}
+
+    class Filters:
+        whimbrel_api = (1, 0)
+
+        @hookimpl
+        def filters(self):
+            return [FilterSpec(name="counting", factory=Counting)]
+
+    world.plugins.register(Filters(), "filters")
+    source, destination = world.side(Number("a")), world.side(Number("a"))
+    incoming = destination.kernel.incoming("counting::pair:")
+    source.kernel.migrate("counting::pair:").wait(5)
+    incoming.wait(5)
+    assert begun == [("destination", destination.kernel), ("source", source.kernel)]
+    for side in (source, destination):
+        assert side.kernel.query()["x-counting"] == 1, "also after the end"
+
+
 def test_a_factory_that_does_not_load_is_a_plugin_error():
     with pytest.raises(PluginError, match="no_such_module"):
         FilterSpec(name="x", factory="no_such_module:X").create()

@@ -12,12 +12,20 @@ from whimbrel import (
     RunState,
     StreamError,
 )
+from whimbrel_device import device, u64
 from whimbrel_ram import RAMBlock
 from whimbrel_testing.harness import Pair
 from whimbrel_testing.stress import StressConfig
 from whimbrel_testing.transport_suite import pattern
+from whimbrel_zstd.channel import SHORT, ZstdChannel
 
 MIB = 1 << 20
+
+
+class Number:
+    value: int = u64()
+
+
 TEXT = b"the same words again and again, and a number: %7d. "
 
 
@@ -70,6 +78,28 @@ def test_what_repeats_gets_smaller(uri):
     assert said["plain"] == result.figures.transferred
     assert said["level"] in range(-7, 13)
     assert "level" not in receiving.query()["x-zstd"]
+
+
+def test_nothing_is_left_to_send_behind_a_long_vmdescription(monkeypatch):
+    """The destination may have read that and closed: without a way back, a byte more would be an unknown outcome."""
+    open_frames, finish = [], ZstdChannel.finish
+
+    def watched(channel, deadline=None):
+        open_frames.append(channel._packer.finish())
+        finish(channel, deadline)
+
+    monkeypatch.setattr(ZstdChannel, "finish", watched)
+    here, there = Machine("many-1", run_state=RunState.RUNNING), Machine("many-1")
+    for number in range(900):
+        for each in (here, there):
+            each.add(device(f"{number:0100}", version_id=1)(Number)())
+    incoming = Kernel(there).incoming("zstd::tcp:127.0.0.1:0")
+    kernel = Kernel(here)
+    kernel.settings["return-path"] = False
+    result = kernel.migrate(incoming.addresses[0]).wait(20)
+    incoming.wait(20)
+    assert result.figures.transferred > 2 * SHORT
+    assert open_frames == [b""]
 
 
 def refused(listen, prefix):

@@ -293,7 +293,9 @@ class Outgoing(Run):
         self._commit_point()
         # Before this line the destination cannot have started. Behind it, only proof lets this side run again.
         try:
-            self._out.write(tail)
+            # A byte by itself behind what may be long: with it a filter ends what it began, and nothing follows.
+            self._out.write(tail[:-1])
+            self._out.write(tail[-1:])
             self._out.flush()
             if self._answers is None:
                 # Completed means then that every byte was accepted and that the channel ended in order.

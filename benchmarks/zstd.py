@@ -1,5 +1,6 @@
 """What does zstd:: give on a thin link, and what does it cost on a fast one?
 
+    python benchmarks/zstd.py --levels [--ram 64M] [--content half]
     python benchmarks/zstd.py [--ram 512M] [--link 100e6] [--runs 3] [--content half] [--level auto] [--json]
 
 The same RAM migrates from one process to another with and without zstd::, in turns: through a link that carries so many
@@ -7,6 +8,9 @@ bytes per second (a proxy in the destination's process that paces by absolute de
 libraries of this system), `random`, or `half`: of each 64 KiB one half of either. A slice of it is written again and again
 while it moves, so that there are several passes and a downtime. Rates are of memory, in bytes (10^6) per second. Beside the
 total time stands what the measured ratio allows: the bytes that went over the link, at the link's rate.
+
+--levels: no migration, but what each level makes of that content in portions as the source sends them, and what it costs
+in processor time, with and without checksums in turns.
 """
 
 import argparse
@@ -17,6 +21,7 @@ import os
 import statistics
 import sys
 import threading
+import time
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,6 +30,7 @@ from whimbrel import Kernel, Machine, RunState
 from whimbrel.settings import parse_size
 from whimbrel_ram import RAMBlock
 from whimbrel_testing.pacing import Direction, Link
+from whimbrel_zstd.frames import Packer, Unpacker
 
 LIBRARIES = ("/usr/lib/*/*.so*", "/lib/*/*.so*", "/usr/bin/*")
 STRIPE = 64 << 10
@@ -136,6 +142,32 @@ def write(machine: Machine, ram: memoryview, over: threading.Event) -> None:
             at = (at + HOT // steps) % HOT
 
 
+#: What the source sends at once: 128 records of pages.
+PORTION = 128 * 4104
+
+
+def levels(ram: memoryview) -> None:
+    portions = [ram[at : at + PORTION] for at in range(0, len(ram), PORTION)]
+    for level in (-7, -3, -1, 1, 2, 3, 6, 9, 12):
+        rates: dict[bool, list[float]] = {True: [], False: []}
+        for checksum in (False, True) * 2:
+            packer = Packer(checksum=checksum)
+            began = time.process_time()
+            packed = [part for some in portions for part in packer.pack([some], level)]
+            packed.append(packer.finish())
+            rates[checksum].append(len(ram) / (time.process_time() - began) / 1e6)
+        unpacker, rest = Unpacker(), memoryview(b"".join(packed))
+        began = time.process_time()
+        while rest and (taken := unpacker.take(rest)) is not None:
+            rest = rest[taken[0] :]
+        unpacking = len(ram) / (time.process_time() - began) / 1e6
+        print(
+            f"level {level:3}  ratio {len(ram) / sum(map(len, packed)):4.2f}  packs {max(rates[True]):4.0f} MB/s"
+            f" ({max(rates[False]):4.0f} without checksums), unpacks {unpacking:5.0f} MB/s",
+            flush=True,
+        )
+
+
 def show(r: dict[str, object]) -> None:
     allowed = "" if r["link_alone"] is None else f"  link alone {r['link_alone']:5.2f} s"
     link = "loopback" if r["link"] is None else f"{r['link'] / 1e6:.0f} MB/s"
@@ -155,6 +187,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--content", choices=("half", "text", "random"), default="half")
     parser.add_argument("--level", default="auto")
+    parser.add_argument("--levels", action="store_true")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     logging.disable()
@@ -162,6 +195,9 @@ def main() -> int:
     made, block = machine(options.ram)
     ram = memoryview(block.buffer).cast("B")
     fill(ram, options.content)
+    if options.levels:
+        levels(ram)
+        return 0
     kernel = Kernel(made)
     kernel.settings.update({"max-bandwidth": 0, "zstd-level": options.level})
     runs = []

@@ -27,7 +27,8 @@ FRAME = 16 << 20
 class Packer:
     """One direction. All that was packed so far can be unpacked, whether its frame has ended or not."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, checksum: bool = True) -> None:
+        self._checksum = checksum
         self._level: int | None = None
         self._frame: zstandard.ZstdCompressionObj | None = None
         self._size = 0
@@ -38,7 +39,9 @@ class Packer:
         """
         if self._frame is None:
             if level != self._level:
-                self._compressor = zstandard.ZstdCompressor(level=level, write_checksum=True)
+                self._compressor = zstandard.ZstdCompressor(
+                    level=level, write_checksum=self._checksum
+                )
                 self._level = level
             self._frame = self._compressor.compressobj()
             self._size = 0

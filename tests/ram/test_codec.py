@@ -9,7 +9,8 @@ from hypothesis import given, settings, strategies as st
 
 from whimbrel import EndOfStream, StreamError
 from whimbrel_ram import Decoder, Encoder
-from whimbrel_ram.decoder import DIRECT_PAGE, Event, Target
+from whimbrel_ram.decoder import DIRECT_PAGE, Event
+from whimbrel_ram.target import Target
 from whimbrel_ram.zero import as_words, zero_map
 
 SMALL = 1024

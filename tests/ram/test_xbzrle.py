@@ -20,8 +20,9 @@ from whimbrel import (
 )
 from whimbrel.channel import MemoryChannel
 from whimbrel_ram import RAMBlock, RamHandler, xbzrle
-from whimbrel_ram.decoder import Decoder, Event, Target
+from whimbrel_ram.decoder import Decoder, Event
 from whimbrel_ram.encoder import Encoder
+from whimbrel_ram.target import Target
 from whimbrel_ram.xbzrle_pages import XbzrlePages
 from whimbrel_ram.zero import as_words
 from whimbrel_testing.peers import wait_until

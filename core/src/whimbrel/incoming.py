@@ -11,7 +11,8 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from whimbrel.channel import Channel, Listener, Role
+from whimbrel.arrivals import Arrivals
+from whimbrel.channel import Channel, Role
 from whimbrel.errors import (
     Cancelled,
     MachineError,
@@ -51,15 +52,18 @@ class Incoming(Run):
         self.addresses: tuple[str, ...] = ()
         #: The same as QMP's SocketAddress, where it listens on sockets.
         self.socket_addresses: tuple[dict[str, Any], ...] = ()
-        self._listener: Listener | None = None
+        self._arrivals: Arrivals | None = None
         self._way_back: WayBack | None = None
 
     def listen(self, route: Route) -> None:
         """Open the address; run() does the rest."""
         self.route = route
-        self._listener = route.listen(self.kernel.context(Role.DESTINATION, self._cancel_fd))
-        self.addresses = self._listener.addresses
-        self.socket_addresses = self._listener.socket_addresses
+        listener = route.listen(self.kernel.context(Role.DESTINATION, self._cancel_fd))
+        self._arrivals = Arrivals(
+            listener, several=self.kernel.settings.opens_channels(), opened=self._opened
+        )
+        self.addresses = listener.addresses
+        self.socket_addresses = listener.socket_addresses
 
     def _too_late(self) -> NoReturn:
         raise StateError(
@@ -87,9 +91,8 @@ class Incoming(Run):
         self._end(outcome, error, "incoming migration", log)
 
     def _receive(self) -> None:
-        assert self._listener is not None
-        channel = self._listener.accept()
-        self._opened(channel)
+        assert self._arrivals is not None
+        channel = self._arrivals.main()
         self._figures.started = time.monotonic()
         self._state.transition(Status.SETUP, Status.ACTIVE)
         inp = InStream(channel)
@@ -101,6 +104,7 @@ class Incoming(Run):
             on_command=self._way_back.command,
             unknown_section=self._unknown_section,
             capabilities=self.kernel.settings.on_wire(),
+            accept=self._arrivals.accept,
         )
         self._tell_handlers = driver.cleanup
         try:
@@ -167,5 +171,5 @@ class Incoming(Run):
 
     def _release(self) -> None:
         super()._release()
-        if self._listener is not None:
-            self._listener.close()
+        if self._arrivals is not None:
+            self._arrivals.close()

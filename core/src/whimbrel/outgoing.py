@@ -121,11 +121,12 @@ class Outgoing(Run):
         if way_back is not None:
             self._answers = InStream(way_back, buffer_size=4096)
             self._driver.command(Command.OPEN_RETURN_PATH)
-            self._driver.command(Command.PING, struct.pack(">I", PING_OPEN))
-            self._out.flush()
-            self._measure_round_trip()
+            if not settings.opens_channels():
+                self._measure_round_trip()
         answers = self._wait_for_pong if way_back is not None else None
         self._driver.setup(attrs.evolve(self._state.params, wait_for_pong=answers))
+        if way_back is not None and settings.opens_channels():
+            self._measure_round_trip()  # nobody answers before all channels are there
         self._figures.setup_time = time.monotonic() - began
         self._figures.expected_downtime = self._downtime_limit
         self._pass()
@@ -147,6 +148,8 @@ class Outgoing(Run):
 
     def _measure_round_trip(self) -> None:
         """How long an answer takes: part of the downtime that no bandwidth shortens."""
+        self._driver.command(Command.PING, struct.pack(">I", PING_OPEN))
+        self._out.flush()
         began = time.monotonic()
         with contextlib.suppress(DeadlineExceeded):
             self._await_pong(PING_OPEN, began + ROUND_TRIP_PATIENCE)

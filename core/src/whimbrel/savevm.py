@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import attrs
 
-from whimbrel.errors import MigrationError, StreamError
+from whimbrel.channel import Channel
+from whimbrel.errors import ChannelError, MigrationError, StreamError
 from whimbrel.state import Outcome, RunParams
 from whimbrel.stream import InStream, OutStream
 from whimbrel.wire import items
@@ -71,12 +72,22 @@ class Mode(enum.Enum):
     PRECOPY = "precopy"  # the machine stands still: send all that is left
 
 
+Accept = Callable[[float | None], Channel]
+
+
+def _no_channel(deadline: float | None) -> Channel:
+    raise ChannelError("there are no further channels here")
+
+
 @attrs.frozen(kw_only=True)
 class LoadContext:
     """What a handler may want to know before it loads."""
 
     machine: Machine
     configuration: Configuration | None = None
+    #: The next further channel of the source, where a capability says that it opens some; given a deadline. From any
+    #: thread. Raises ChannelError, DeadlineExceeded, Cancelled. Who accepts a channel closes it.
+    accept: Accept = _no_channel
 
 
 class SaveVMHandler(abc.ABC):
@@ -353,8 +364,12 @@ class LoadDriver:
         unknown_section: UnknownSection | None = None,
         check_machine: bool = True,
         capabilities: Iterable[str] = (),
+        accept: Accept = _no_channel,
     ) -> None:
-        """capabilities: those that are on here, of the ones that a stream names: each may change its form."""
+        """capabilities: those that are on here, of the ones that a stream names: each may change its form.
+        accept: see LoadContext.
+        """
+        self._accept = accept
         self.machine = machine
         self.dialect = Dialect() if dialect is None else dialect
         self._find_configuration = self._find_footers = dialect is None
@@ -380,7 +395,9 @@ class LoadDriver:
             if self._check_machine:
                 self._check(configuration, offset)
             self._check_capabilities(configuration, offset)
-        ctx = LoadContext(machine=self.machine, configuration=self.status.configuration)
+        ctx = LoadContext(
+            machine=self.machine, configuration=self.status.configuration, accept=self._accept
+        )
         with self._at(inp):
             for handler in self._handlers.values():
                 handler.load_setup(ctx)

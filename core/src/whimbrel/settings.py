@@ -71,6 +71,8 @@ class Capability(Setting):
     default: bool = False
     #: Sent in the configuration section, for the destination to compare.
     on_wire: bool = False
+    #: The source opens further channels: the transport must have room for them.
+    opens_channels: bool = False
 
 
 @attrs.frozen(kw_only=True)
@@ -298,6 +300,12 @@ class Settings:
             s.name
             for s in self.declared()
             if isinstance(s, Capability) and s.on_wire and self[s.name]
+        )
+
+    def opens_channels(self) -> bool:
+        """Whether a capability is on that opens further channels."""
+        return any(
+            isinstance(s, Capability) and s.opens_channels and self[s.name] for s in self.declared()
         )
 
     def find(self, name: str) -> Setting:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import attrs
 
-from whimbrel_ram.decoder import Decoder, Target
+from whimbrel_ram.decoder import Decoder
 from whimbrel_ram.handler import RamHandler
 from whimbrel_ram.setup import MAX_TOTAL, BlockEntry
+from whimbrel_ram.target import Target
 
 if TYPE_CHECKING:
     from whimbrel.savevm import LoadContext
@@ -46,20 +47,20 @@ class _Passing(Target):
         nowhere: Any = _Nowhere(block.size // page_size)
         self.memory = self.rows = self.words = self.fresh = self.fresh_map = nowhere
 
+    def put_zero(self, *_: object) -> None:
+        pass
+
+    def put_zeros(self, *_: object) -> None:
+        pass
+
+    def put_patches(self, *_: object) -> None:
+        pass
+
 
 class _CheckingDecoder(Decoder):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._direct = False  # a page is looked at in the buffer, and not put anywhere
-
-    def _put_zero(self, *_: object) -> None:
-        pass
-
-    def _put_zeros(self, *_: object) -> None:
-        pass
-
-    def _put_patches(self, *_: object) -> None:
-        pass
 
 
 class RamChecker(RamHandler):

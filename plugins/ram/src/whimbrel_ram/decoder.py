@@ -18,7 +18,7 @@ from whimbrel.errors import StreamError
 from whimbrel.wire.items import shown
 from whimbrel_ram import xbzrle
 from whimbrel_ram.records import CONTINUE, EOS, KINDS, NEEDS, PAGE, U64, XBZRLE, ZERO, PageFlag
-from whimbrel_ram.zero import as_words, zero_map, zero_map_at
+from whimbrel_ram.target import Target
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,24 +26,6 @@ if TYPE_CHECKING:
 _DELTA = struct.Struct(">BH")
 #: Pages of at least this size are received straight into place instead of through the read buffer.
 DIRECT_PAGE = 64 << 10
-
-
-class Target:
-    """A block that pages are received into."""
-
-    def __init__(
-        self, idstr: str, memory: memoryview, page_size: int, fresh: NDArray[np.bool_] | None = None
-    ) -> None:
-        self.idstr = idstr
-        self.size = memory.nbytes
-        self.memory = memory
-        self.rows = np.frombuffer(memory, np.uint8).reshape(-1, page_size)
-        self.words = as_words(self.rows)
-        #: 1 for each page that the host has never given memory for: it is zero, and looking would populate it.
-        self.fresh = bytearray(len(self.rows))
-        self.fresh_map = np.frombuffer(self.fresh, np.bool_)
-        if fresh is not None:
-            self.fresh_map[:] = fresh
 
 
 class Event(enum.Enum):
@@ -83,7 +65,6 @@ class Decoder:
         self._targets: dict[bytes, Target] = {}
         self._block: Target | None = None
         self._mask = page_size - 1
-        self._zero_page = bytes(page_size)
         self._direct = page_size >= DIRECT_PAGE
         self._kind = -1  # what the last record was, and how many like it came in a row
         self._streak = 0
@@ -145,7 +126,7 @@ class Decoder:
                 self._kind, self._streak = flags, 1
             page = where // self.page_size
             if kind == ZERO:
-                self._put_zero(block, where, page, buffer[offset + head])
+                block.put_zero(where, page, buffer[offset + head])
                 self.duplicate += 1
             else:
                 block.fresh[page] = 0
@@ -158,16 +139,6 @@ class Decoder:
             offset += head + body
 
     # ---- single records
-
-    def _put_zero(self, block: Target, where: int, page: int, fill: int) -> None:
-        """One page of equal bytes. Values other than 0 come from QEMU before 1.5 (and 7.2 takes them too)."""
-        if fill:
-            block.rows[page] = fill
-            block.fresh[page] = 0
-        elif not block.fresh[page]:
-            memory = block.memory[where : where + self.page_size]
-            if memory[0] or bytes(memory) != self._zero_page:
-                memory[:] = self._zero_page
 
     def _same_block(self, flags: int, offset: int) -> Target:
         if self._block is None:
@@ -324,17 +295,7 @@ class Decoder:
                 position + list(where.values())[error.index],
                 expected="unchanged and changed runs in turn, within the page",
             ) from error
-        self._put_patches(block, patches, data, pages // self.page_size)
-
-    def _put_patches(
-        self,
-        block: Target,
-        patches: xbzrle.Patches,
-        data: NDArray[np.uint8],
-        pages: NDArray[np.intp],
-    ) -> None:
-        patches.apply(data, block.rows.reshape(-1))
-        block.fresh_map[pages] = False
+        block.put_patches(patches, data, pages // self.page_size)
 
     # ---- runs
 
@@ -394,36 +355,10 @@ class Decoder:
                 raise self._beyond(block, int(offsets[bad]), position + offset + bad * stride)
             where = (offsets // np.uint64(self.page_size)).astype(np.intp)
         if kind == ZERO:
-            self._put_zeros(block, where, int(raw[0, head]))
+            block.put_zeros(where, int(raw[0, head]))
             self.duplicate += good
         else:
             block.rows[where] = raw[:, head:]
             block.fresh_map[where] = False
             self.normal += good
         return good * stride
-
-    def _put_zeros(self, block: Target, where: slice | NDArray[np.intp], fill: int) -> None:
-        """Many pages of equal bytes. Zero is only written where something else is: a write takes memory of the host."""
-        if fill:
-            block.rows[where] = fill
-            block.fresh_map[where] = False
-            return
-        fresh = block.fresh_map[where]
-        pages = np.arange(where.start, where.stop) if isinstance(where, slice) else where
-        if fresh.any():
-            where = pages = pages[~fresh]
-        for i in range(0, len(pages), 256):
-            if isinstance(where, slice):
-                part: slice | NDArray[np.intp] = slice(
-                    where.start + i, min(where.start + i + 256, where.stop)
-                )
-                used = ~zero_map(block.words[part])
-                if used.all():
-                    block.words[part] = 0
-                    continue
-                some = pages[i : i + 256]
-            else:
-                some = where[i : i + 256]
-                used = ~zero_map_at(block.words, some)
-            if used.any():
-                block.words[some[used]] = 0

@@ -8,19 +8,20 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from whimbrel.errors import LocalError, MachineError, StreamError
+from whimbrel.errors import LocalError, MachineError, MigrationError, StreamError
 from whimbrel.savevm import Budget, LiveSaveVMHandler, Mode, Pending
 from whimbrel.state import Outcome
 from whimbrel.wire import dialects
 from whimbrel_ram.block import RAMBlock
 from whimbrel_ram.converge import AutoConverge
-from whimbrel_ram.decoder import Decoder, Event, Target
+from whimbrel_ram.decoder import Decoder, Event
 from whimbrel_ram.memory import untouched
 from whimbrel_ram.records import EOS_RECORD, PageFlag
 from whimbrel_ram.setup import BlockEntry, encode_setup, read_setup
 from whimbrel_ram.stats import RamStats
+from whimbrel_ram.target import Target
 from whimbrel_ram.trackers import AUTO, BUILT_IN, DirtyTracker, TrackerSpec, choose
-from whimbrel_ram.transport import PageTransport, Phase, SaveBlock, StreamPages
+from whimbrel_ram.transport import PageTransport, Phase, SaveBlock, Sent, StreamPages
 from whimbrel_ram.zero import as_words
 
 if TYPE_CHECKING:
@@ -102,6 +103,7 @@ class RamHandler(LiveSaveVMHandler):
         self._dirty: list[NDArray[np.bool_]] = []
         self._at = (0, 0)  # block and page that come next
         # destination
+        self._context: LoadContext | None = None
         self._decoder: Decoder | None = None
         self._targets: dict[str, Target] = {}
         self._listed: set[str] = set()
@@ -199,7 +201,11 @@ class RamHandler(LiveSaveVMHandler):
         assert self._pages is not None
         self._pages.round_begin(out, phase)
         done = self._send_dirty(out, budget, phase)
+        before = out.position
         self._pages.round_end(out, phase)
+        assert self._stats is not None
+        stopped = phase is Phase.COMPLETE or not self._running()
+        self._stats.sent(Sent(0), out.position - before, stopped=stopped)
         out.write(EOS_RECORD)
         return done
 
@@ -281,9 +287,10 @@ class RamHandler(LiveSaveVMHandler):
         if self._stats is None:
             return {}
         pages = self._pages
-        more = self._pages_said if pages is None else pages.query()
+        more = dict(self._pages_said if pages is None else pages.query())
         throttled = {} if self._converge is None else self._converge.query()
-        return {"ram": self._stats.query(self._mbps()), **more, **throttled}
+        ram = self._stats.query(self._mbps()) | more.pop("ram", {})
+        return {"ram": ram, **more, **throttled}
 
     # ---- destination
 
@@ -296,6 +303,7 @@ class RamHandler(LiveSaveVMHandler):
                     section="ram",
                     hint="Switch it off on the source",
                 )
+        self._context = ctx
         self._decoder = self.decoder_type(self.page_size, self._find)
         self._targets.clear()
         self._listed.clear()
@@ -326,11 +334,21 @@ class RamHandler(LiveSaveVMHandler):
         return target
 
     def load(self, inp: InStream, header: SectionHeader) -> None:
-        decoder = self._decoder
-        if decoder is None:
+        decoder, ctx = self._decoder, self._context
+        if decoder is None or ctx is None:
             raise LocalError("load() before load_setup()", section="ram")
         if self._pages is None:
             self._pages = self._page_transport(inp.channel)
+            self._pages.begin_load(ctx, self._find)
+        try:
+            self._load(inp, decoder, self._pages)
+        except MigrationError as error:
+            reason = self._pages.failure
+            if reason is None or reason is error:
+                raise
+            raise reason from error  # the source gave up because of it
+
+    def _load(self, inp: InStream, decoder: Decoder, pages: PageTransport) -> None:
         need = 8
         while True:
             if need > inp.capacity:
@@ -344,14 +362,14 @@ class RamHandler(LiveSaveVMHandler):
             if event is Event.MORE:
                 need = decoder.need
             elif event is Event.EOS:
-                self._pages.on_record(PageFlag.EOS, inp)
+                pages.on_record(PageFlag.EOS, inp)
                 return
             elif event is Event.SETUP:
                 self._read_blocks(inp, decoder)
             elif event is Event.FILL:
                 inp.read_into(decoder.fill)
             else:
-                self._pages.on_record(decoder.flag, inp)
+                pages.on_record(decoder.flag, inp)
 
     def _read_blocks(self, inp: InStream, decoder: Decoder) -> None:
         """A setup record: the blocks must be those of the machine; in adopt mode they are created."""
@@ -422,9 +440,11 @@ class RamHandler(LiveSaveVMHandler):
                 found=", ".join(sorted(self._listed)) or "none",
                 hint="The source's machine must have the same RAM blocks",
             )
+        if self._pages is not None:
+            self._pages.load_complete()
 
     def load_cleanup(self, outcome: Outcome) -> None:
-        self._decoder = None
+        self._decoder = self._context = None
         self._targets.clear()
         self._loading = False
         self._close_pages(outcome)

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from whimbrel.errors import PluginError, SettingError
 from whimbrel.hookspecs import hookimpl
-from whimbrel.settings import MIB, SIZE_MAX, Capability, Parameter, Type
+from whimbrel.settings import MIB, SIZE_MAX, Capability, Parameter, Side, Type
+from whimbrel.state import Status
 from whimbrel_ram import hookspecs
 from whimbrel_ram.block import RAMBlock
 from whimbrel_ram.trackers import AUTO, BUILT_IN, TrackerSpec, choose
@@ -44,6 +45,53 @@ def settings() -> list[Setting]:
             maximum=SIZE_MAX,
             power_of_two=True,
             help="Size of the cache of sent pages that deltas are taken against",
+        ),
+        Capability(
+            name="multifd",
+            side=Side.BOTH,
+            opens_channels=True,
+            help="Send the pages over several channels beside the main one",
+        ),
+        Parameter(
+            name="multifd-channels",
+            type=Type.INT,
+            default=2,
+            minimum=1,
+            maximum=255,
+            side=Side.BOTH,
+            help="How many",
+        ),
+        Parameter(
+            name="multifd-compression",
+            type=Type.CHOICE,
+            default="none",
+            choices=("none", "zlib", "zstd"),
+            side=Side.BOTH,
+            help="How the pages of a packet are packed",
+        ),
+        Parameter(
+            name="multifd-zlib-level",
+            type=Type.INT,
+            default=1,
+            minimum=0,
+            maximum=9,
+            help="0: not at all; 1: fast; 9: small",
+        ),
+        Parameter(
+            name="multifd-zstd-level",
+            type=Type.INT,
+            default=1,
+            minimum=0,
+            maximum=20,
+            help="0: zstd's own choice; 1: fast; 20: small",
+        ),
+        Parameter(
+            name="zero-page-detection",
+            type=Type.CHOICE,
+            default="legacy",
+            choices=("none", "legacy", "multifd"),
+            help="With multifd, where pages that are zero go: legacy, in the main channel, which every destination"
+            " takes; multifd, in packets (QEMU 9.0 and newer); none, they are sent like others",
         ),
         Capability(
             name="auto-converge",
@@ -110,6 +158,11 @@ def preflight(kernel: Kernel, uri: str) -> list[str]:
         choose(kernel.settings["dirty-tracker"], _trackers(kernel), blocks)
     except SettingError as error:
         reasons.append(str(error))
+    if kernel.settings["multifd"]:
+        from whimbrel_ram.multifd import packing
+
+        missing = packing.missing(kernel.settings["multifd-compression"])
+        reasons += [missing] if missing is not None else []
     if kernel.settings["auto-converge"] and not kernel.machine.has("throttle"):
         reasons.append(
             "auto-converge is on, and the machine cannot be slowed down: it has no throttle()"
@@ -166,9 +219,30 @@ def _page_transport(kernel: Kernel, channel: Channel) -> PageTransport | None:
         )
     if found:
         return found[0][1]
+    if kernel.settings["multifd"]:
+        return _multifd(kernel)
     if not kernel.settings["xbzrle"]:
         return None
     from whimbrel_ram.xbzrle_pages import XbzrlePages
 
     page_size = 1 << kernel.machine.target_page_bits
     return XbzrlePages(page_size, lambda: int(kernel.settings["xbzrle-cache-size"]))
+
+
+def _multifd(kernel: Kernel) -> PageTransport:
+    from whimbrel_ram.multifd.pages import MultifdPages, Options
+
+    settings, machine = kernel.settings, kernel.machine
+    method = str(settings["multifd-compression"])
+    options = Options(
+        page_size=1 << machine.target_page_bits,
+        channels=settings["multifd-channels"],
+        method=method,
+        level=settings[f"multifd-{method}-level"] if method != "none" else 0,
+        zero_pages=settings["zero-page-detection"],
+        flush_records=kernel.dialect.multifd_flush,
+        uuid=machine.uuid,
+    )
+    return MultifdPages(
+        options, lambda: kernel.state.status in (Status.CANCELLING, Status.CANCELLED)
+    )

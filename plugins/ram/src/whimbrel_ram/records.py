@@ -35,6 +35,7 @@ class PageFlag(enum.IntFlag):
 ZERO, PAGE, EOS, CONTINUE, XBZRLE = 0x02, 0x08, 0x10, 0x20, 0x40
 KINDS = frozenset(flag.value for flag in PageFlag) - {CONTINUE}
 EOS_RECORD = U64.pack(EOS)
+MULTIFD_FLUSH_RECORD = U64.pack(PageFlag.MULTIFD_FLUSH)
 
 #: Who would understand a record that this codec does not.
 NEEDS = {

@@ -8,7 +8,7 @@ the stream in any case (section framing, the setup record, EOS) stays with the h
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -23,9 +23,10 @@ from whimbrel_ram.zero import zero_map, zero_map_at
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from whimbrel.savevm import Budget
+    from whimbrel.savevm import Budget, LoadContext
     from whimbrel.state import Outcome
     from whimbrel.stream import InStream, OutStream
+    from whimbrel_ram.target import Target
 
 
 class Phase(enum.Enum):
@@ -69,8 +70,8 @@ class PageTransport:
 
     Source, on the migration's thread: begin, then for each PART and for END round_begin, send..., round_end; sync each
     time that all blocks have been gone through; close once, also after a failure.
-    Destination, on the incoming thread: on_blocks for each setup record, on_record for what the records in the stream do
-    not cover, close once.
+    Destination, on the incoming thread: begin_load, on_blocks for each setup record, on_record for what the records in the
+    stream do not cover, load_complete, close once.
     """
 
     def begin(self, blocks: Sequence[SaveBlock], out: OutStream) -> None:
@@ -94,6 +95,9 @@ class PageTransport:
     def sync(self, out: OutStream) -> None:
         """Every page that was sent before must arrive before any that is sent after (it may be the same page)."""
 
+    def begin_load(self, ctx: LoadContext, find: Callable[[str], Target | None]) -> None:
+        """The ram section has begun to come. find: the block of that idstr, as a target of pages."""
+
     def on_blocks(self, blocks: Sequence[RAMBlock]) -> None:
         """The blocks of a setup record, in its order."""
 
@@ -102,8 +106,16 @@ class PageTransport:
         if flag is not PageFlag.EOS:
             raise Decoder.refuse(flag, inp.position - 8)
 
+    def load_complete(self) -> None:
+        """Everything was read; the machine starts after this. May raise to refuse."""
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What has gone wrong aside of the stream, as the reason of an error in the stream."""
+        return None
+
     def query(self) -> dict[str, Any]:
-        """Members of query-migrate beside `ram`; from any thread, at any time."""
+        """Members of query-migrate beside `ram`, and further ones of `ram`; from any thread, at any time."""
         return {}
 
     def close(self, outcome: Outcome) -> None:

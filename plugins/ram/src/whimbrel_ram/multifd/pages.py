@@ -1,0 +1,199 @@
+"""MultifdPages: pages over several channels, as the capability multifd of both sides wants it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import numpy as np
+
+from whimbrel.errors import LocalError
+from whimbrel.state import Outcome
+from whimbrel_ram.multifd import wire
+from whimbrel_ram.multifd.receiving import Receivers
+from whimbrel_ram.multifd.sending import Job, Senders
+from whimbrel_ram.records import MULTIFD_FLUSH_RECORD, PageFlag
+from whimbrel_ram.transport import Phase, SaveBlock, Sent, StreamPages
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from whimbrel.channel import Channel
+    from whimbrel.savevm import Budget, LoadContext
+    from whimbrel.stream import InStream, OutStream
+    from whimbrel_ram.block import RAMBlock
+    from whimbrel_ram.target import Target
+
+
+@attrs.frozen(kw_only=True)
+class Options:
+    """What both sides must agree on, and what the source chooses."""
+
+    page_size: int
+    channels: int
+    method: str = "none"
+    level: int = 1
+    #: Where zero pages go: 'legacy', records of the main channel; 'multifd', packets (9.0 and newer); 'none', nobody looks.
+    zero_pages: str = "legacy"
+    #: Markers of their own in the main channel (machine types since 8.1); else each EOS is one.
+    flush_records: bool = False
+    uuid: bytes | None = None
+
+
+class MultifdPages(StreamPages):
+    """Source: packets of pages go to whichever channel has room. Destination: see Receivers.
+
+    What was sent before a marker is in place before what is sent behind it. In between no page is sent twice: markers are
+    set each time that all blocks have been gone through.
+    """
+
+    def __init__(self, options: Options, is_cancelled: Callable[[], bool]) -> None:
+        super().__init__(options.page_size)
+        self._options = options
+        self._is_cancelled = is_cancelled
+        self._most = wire.pages_of(options.page_size)
+        self._senders: Senders | None = None
+        self._receivers: Receivers | None = None
+        self._find: Callable[[str], Target | None] = lambda _: None
+        self._accounted = 0
+
+    # ---- source
+
+    def begin(self, blocks: Sequence[SaveBlock], out: OutStream) -> None:
+        super().begin(blocks, out)
+        out.flush()  # a QEMU before 8.0 takes the first connection for the main channel, a newer one looks at its bytes
+        options = self._options
+        with contextlib.ExitStack() as opened:
+            channels: list[Channel] = [
+                opened.enter_context(out.channel.open_extra("multifd", i))
+                for i in range(options.channels)
+            ]
+            self._senders = Senders(
+                channels,
+                page_size=options.page_size,
+                uuid=options.uuid,
+                method=options.method,
+                level=options.level,
+                is_cancelled=self._is_cancelled,
+            )
+            opened.pop_all()
+        self._sync(out, marker=options.flush_records)
+
+    def _open(self) -> Senders:
+        if self._senders is None:
+            raise LocalError("pages before the channels are open", section="ram")
+        return self._senders
+
+    def _sync(self, out: OutStream, *, marker: bool) -> None:
+        self._open().sync()
+        if marker:
+            out.write(MULTIFD_FLUSH_RECORD)
+            out.flush()
+
+    def _account(self, out: OutStream) -> None:
+        sent = self._open().sent
+        out.account(sent - self._accounted)
+        self._accounted = sent
+
+    def round_begin(self, out: OutStream, phase: Phase) -> None:
+        out.flush()  # the last marker, without which nobody reads what is sent now
+
+    def sync(self, out: OutStream) -> None:
+        if self._options.flush_records:
+            self._sync(out, marker=True)
+
+    def round_end(self, out: OutStream, phase: Phase) -> None:
+        senders = self._open()
+        if not self._options.flush_records:
+            senders.sync()  # EOS comes next
+        elif phase is Phase.COMPLETE:
+            self._sync(out, marker=True)
+        senders.drain()
+        self._account(out)
+
+    def send(
+        self, block: SaveBlock, pages: NDArray[np.intp], out: OutStream, budget: Budget
+    ) -> Sent:
+        senders, legacy = self._open(), self._options.zero_pages == "legacy"
+        idstr = block.block.wire_idstr
+        start = out.position
+        done = zero = 0
+        look = self._most
+        while done < len(pages):
+            if done and budget.spent(out.position - start + senders.waiting):
+                break
+            some = pages[done : done + look]
+            is_zero = self._zero_pages(block, some)
+            empty = some[is_zero]
+            normal = some[~is_zero] if len(empty) else some
+            # Zero pages are cheap to look at: more of them at once.
+            look = min(2 * look, 64 * self._most) if not len(normal) else self._most
+            if len(empty) and legacy:
+                for buffer in self._encoder.zeros(idstr, empty):
+                    out.write(buffer)
+            else:
+                for i in range(0, len(empty), self._most):
+                    senders.put(Job(idstr=idstr, zero=empty[i : i + self._most]))
+            for i in range(0, len(normal), self._most):
+                senders.put(Job(idstr=idstr, words=block.words, normal=normal[i : i + self._most]))
+            self._account(out)
+            done += len(some)
+            zero += len(empty)
+        return Sent(done, zero)
+
+    def _zero_pages(self, block: SaveBlock, pages: NDArray[np.intp]) -> NDArray[np.bool_]:
+        if self._options.zero_pages == "none":
+            return np.zeros(len(pages), np.bool_)
+        return self._zero(block, pages)
+
+    # ---- destination
+
+    def begin_load(self, ctx: LoadContext, find: Callable[[str], Target | None]) -> None:
+        options = self._options
+        self._find = find
+        self._receivers = Receivers(
+            options.channels,
+            page_size=options.page_size,
+            uuid=options.uuid,
+            method=options.method,
+            accept=ctx.accept,
+            is_cancelled=self._is_cancelled,
+        )
+
+    def on_blocks(self, blocks: Sequence[RAMBlock]) -> None:
+        targets = {block.wire_idstr: self._find(block.idstr) for block in blocks}
+        self._arrived().set_targets({name: t for name, t in targets.items() if t is not None})
+
+    def _arrived(self) -> Receivers:
+        if self._receivers is None:
+            raise LocalError("a block list before the channels are awaited", section="ram")
+        return self._receivers
+
+    def on_record(self, flag: PageFlag, inp: InStream) -> None:
+        if flag is PageFlag.MULTIFD_FLUSH or (
+            flag is PageFlag.EOS and not self._options.flush_records
+        ):
+            self._arrived().marker()
+        elif flag is not PageFlag.EOS:
+            super().on_record(flag, inp)
+
+    def load_complete(self) -> None:
+        self._arrived().seal()
+
+    @property
+    def failure(self) -> BaseException | None:
+        return None if self._receivers is None else self._receivers.failure
+
+    # ---- both
+
+    def query(self) -> dict[str, Any]:
+        senders = self._senders
+        return {} if senders is None else {"ram": {"multifd-bytes": senders.sent}}
+
+    def close(self, outcome: Outcome) -> None:
+        if self._senders is not None:
+            self._senders.close(orderly=outcome is Outcome.COMPLETED)
+        if self._receivers is not None:
+            self._receivers.close()

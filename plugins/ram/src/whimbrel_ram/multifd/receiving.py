@@ -1,0 +1,349 @@
+"""The destination's channels: a thread each, which puts pages in place; the thread of the migration keeps the order."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import attrs
+import numpy as np
+
+from whimbrel.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    EndOfStream,
+    MigrationError,
+    StreamError,
+)
+from whimbrel.wire.items import shown
+from whimbrel_ram.multifd import packing, wire
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from whimbrel.channel import Channel
+    from whimbrel_ram.target import Target
+
+log = logging.getLogger("whimbrel.ram")
+
+_LOOK = 0.1  # seconds between two looks for a cancel, or for the end
+#: Seconds without a byte on a channel that is waited for.
+PATIENCE = 30.0
+
+
+@attrs.define(eq=False)
+class _Arrived:
+    """What is known of one channel. Everything under the lock."""
+
+    channel: Channel
+    number: int | None = None  # until its init packet was read
+    syncs: int = 0
+    #: Pages since the last sync.
+    loose: int = 0
+    received: int = 0
+    ended: bool = False
+    writing: bool = False
+
+
+class Receivers:
+    """The channels of one incoming migration."""
+
+    def __init__(
+        self,
+        count: int,
+        *,
+        page_size: int,
+        uuid: bytes | None,
+        method: str,
+        accept: Callable[[float], Channel],
+        is_cancelled: Callable[[], bool],
+    ) -> None:
+        """accept(deadline): the next further connection of the source. They are accepted at once, and in any order."""
+        self._count = count
+        self._page_size = page_size
+        self._uuid = uuid
+        self._method = method
+        self._accept = accept
+        self._is_cancelled = is_cancelled
+        self._patience = PATIENCE
+        self._changed = threading.Condition()
+        self._arrived: list[_Arrived] = []
+        self._threads: list[threading.Thread] = []
+        self._targets: dict[bytes, Target] = {}
+        self._released = 0
+        self._sealed = self._closing = False
+        self._error: BaseException | None = None
+        self.normal = self.zero = 0
+        self._start(self._accept_all, "whimbrel-multifd-accept")
+
+    def _start(self, target: Callable[[], None], name: str) -> None:
+        thread = threading.Thread(target=target, name=name, daemon=True)
+        with self._changed:
+            self._threads.append(thread)
+        thread.start()
+
+    # ---- the migration's thread
+
+    def set_targets(self, targets: dict[bytes, Target]) -> None:
+        """The blocks, by their names on the wire, before the first marker."""
+        with self._changed:
+            self._targets = dict(targets)
+
+    def marker(self) -> None:
+        """A marker of the main channel: wait until all channels have come to their sync, then let them go on.
+
+        Raises what a channel failed with, StreamError for channels that do not come, Cancelled.
+        """
+        with self._changed:
+            due = self._released + 1
+            before, since = self._progress(), time.monotonic()
+            while not self._all_at(due):
+                self._check(due)
+                if (now := self._progress()) != before:
+                    before, since = now, time.monotonic()
+                elif time.monotonic() - since > self._patience:
+                    raise self._missing(due)
+                self._changed.wait(_LOOK)
+            self._released = due
+            self._changed.notify_all()
+
+    def seal(self) -> None:
+        """The machine may start: no byte of its memory is written from here on. Raises StreamError for what would be
+        missing: pages behind the last sync, or behind one that the main channel never told of.
+        """
+        with self._changed:
+            self._check()
+            self._sealed = True
+            while any(c.writing for c in self._arrived):
+                self._changed.wait()
+            self._check()
+            ahead = [c for c in self._arrived if c.syncs > self._released]
+            late = [c for c in self._arrived if c.loose]
+        if ahead or not self._released:
+            raise StreamError(
+                "the main channel tells of fewer syncs than the multifd channels bring",
+                section="ram",
+                expected=f"{max((c.syncs for c in ahead), default=1)} markers",
+                found=self._released,
+                hint="The source's machine has the form of another version: start both with the same machine type",
+            )
+        if late:
+            raise StreamError(
+                f"pages came on multifd channel {late[0].number} behind the last sync",
+                section="ram",
+                expected="a sync after the last page",
+                found=f"{sum(c.loose for c in late)} pages",
+            )
+
+    @property
+    def failure(self) -> BaseException | None:
+        """What a channel failed with."""
+        return self._error
+
+    def close(self) -> None:
+        """Never raises."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+            arrived = list(self._arrived)
+        for one in arrived:
+            one.channel.abort()
+        for thread in self._threads:
+            thread.join()
+        for one in self._arrived:
+            one.channel.close()
+
+    def _progress(self) -> tuple[int, int]:
+        return len(self._arrived), sum(c.received for c in self._arrived)
+
+    def _all_at(self, due: int) -> bool:
+        return len(self._arrived) == self._count and all(
+            c.number is not None and c.syncs >= due for c in self._arrived
+        )
+
+    def _check(self, due: int | None = None) -> None:
+        if self._error is not None:
+            raise self._error
+        if self._is_cancelled():
+            raise Cancelled("the incoming migration was cancelled")
+        lost = [c for c in self._arrived if c.ended and due is not None and c.syncs < due]
+        if lost:
+            raise EndOfStream(
+                f"multifd channel {lost[0].number} ended before its sync",
+                section="ram",
+                hint="The source has failed, or has lost that connection",
+            )
+
+    def _missing(self, due: int) -> MigrationError:
+        came = [c for c in self._arrived if c.number is not None]
+        if len(came) < self._count:
+            return StreamError(
+                f"{len(came)} of {self._count} multifd channels came",
+                section="ram",
+                expected=f"{self._count} channels",
+                found=len(came),
+                hint="Set multifd-channels alike on both sides",
+            )
+        late = ", ".join(str(c.number) for c in came if c.syncs < due)
+        return StreamError(
+            f"nothing has come on multifd channel {late} for {self._patience:.0f} s",
+            section="ram",
+            expected=f"sync {due}, which the main channel has told of",
+        )
+
+    # ---- threads of their own
+
+    def _accept_all(self) -> None:
+        while not self._closing and len(self._arrived) < self._count:
+            try:
+                channel = self._accept(time.monotonic() + _LOOK)
+            except DeadlineExceeded:
+                continue
+            except MigrationError as error:
+                self._fail(error)
+                return
+            arrived = _Arrived(channel)
+            with self._changed:
+                self._arrived.append(arrived)
+                number = len(self._arrived) - 1
+                if self._closing:
+                    channel.abort()
+                self._changed.notify_all()
+            self._start(lambda one=arrived: self._serve(one), f"whimbrel-multifd-{number}")  # type: ignore[misc]
+
+    def _fail(self, error: BaseException) -> None:
+        with self._changed:
+            if not self._closing:
+                self._error = self._error or error
+            self._changed.notify_all()
+
+    def _serve(self, arrived: _Arrived) -> None:
+        try:
+            self._receive(arrived)
+        except BaseException as error:
+            if isinstance(error, MigrationError):
+                error.message = f"multifd channel {arrived.number}: {error.message}"
+            self._fail(error)
+            arrived.channel.abort()  # the source notices, and gives up
+        finally:
+            with self._changed:
+                arrived.ended, arrived.writing = True, False
+                self._changed.notify_all()
+
+    def _receive(self, arrived: _Arrived) -> None:
+        receiver = _Receiver(arrived.channel, self._page_size, self._method)
+        init = receiver.read(wire.INIT_SIZE)
+        if init is None:
+            return
+        number = wire.decode_init(init, self._uuid, self._count)
+        with self._changed:
+            if any(c.number == number for c in self._arrived):
+                raise StreamError(f"two multifd channels are number {number}", section="ram")
+            arrived.number = number
+            self._changed.notify_all()
+        while (packet := receiver.packet()) is not None:
+            with self._changed:
+                arrived.received += receiver.take_count()
+                count = len(packet.normal) + len(packet.zero)
+                if count and self._sealed:
+                    log.error("pages that came on multifd channel %d too late are left out", number)
+                    continue
+                arrived.writing = count > 0
+                arrived.loose += count
+            if count:
+                self._put(packet, receiver.pages(packet))
+            with self._changed:
+                self.normal += len(packet.normal)
+                self.zero += len(packet.zero)
+                arrived.writing = False
+                if packet.sync:
+                    arrived.syncs += 1
+                    arrived.loose = 0
+                self._changed.notify_all()
+                while packet.sync and self._released < arrived.syncs and not self._closing:
+                    self._changed.wait()
+
+    def _put(self, packet: wire.Packet, rows: NDArray[np.uint8]) -> None:
+        target = self._targets.get(packet.idstr)
+        if target is None:
+            raise StreamError(
+                f"a multifd packet for an unknown RAM block '{shown(packet.idstr)}'",
+                section="ram",
+                expected="a block of the setup record",
+                found=repr(shown(packet.idstr)),
+            )
+        size, page_size = target.size, self._page_size
+        if len(packet.normal):
+            pages = wire.page_numbers(packet.normal, size, page_size, packet.idstr)
+            low, high = int(pages[0]), int(pages[-1])
+            in_order = high - low == len(pages) - 1 and bool((np.diff(pages) == 1).all())
+            where = slice(low, high + 1) if in_order else pages
+            target.rows[where] = rows
+            target.fresh_map[where] = False
+        if len(packet.zero):
+            target.put_zeros(wire.page_numbers(packet.zero, size, page_size, packet.idstr), 0)
+
+
+class _Receiver:
+    """One channel: bytes into packets. Never takes a byte behind the packet at hand."""
+
+    def __init__(self, channel: Channel, page_size: int, method: str) -> None:
+        self._channel = channel
+        self._page_size = page_size
+        self._method = packing.flag(method)
+        self._unpacker = packing.unpacker(method)
+        self._head = memoryview(bytearray(wire.header_size(page_size)))
+        rows = np.empty((wire.pages_of(page_size), page_size), np.uint8)
+        self._rows, self._bytes = rows, rows.reshape(-1).data
+        self._packed = memoryview(b"")
+        self._counted = 0
+
+    def take_count(self) -> int:
+        """Bytes since the last call."""
+        counted, self._counted = self._counted, 0
+        return counted
+
+    def read(self, n: int) -> memoryview | None:
+        """The next n bytes, valid until the next call; None at an end in order."""
+        return self._head[:n] if self._fill(self._head[:n], may_end=True) else None
+
+    def packet(self) -> wire.Packet | None:
+        """The next one, its data received; None at the end."""
+        head = self.read(len(self._head))
+        if head is None:
+            return None
+        packet = wire.decode(head, self._page_size, self._method)
+        if packet.size:
+            if self._unpacker is None:
+                self._fill(self._bytes[: packet.size])
+            else:
+                if len(self._packed) < packet.size:
+                    self._packed = memoryview(bytearray(packet.size))
+                self._fill(self._packed[: packet.size])
+                pages = self._bytes[: len(packet.normal) * self._page_size]
+                self._unpacker.unpack(self._packed[: packet.size], pages)
+        return packet
+
+    def pages(self, packet: wire.Packet) -> NDArray[np.uint8]:
+        """What came with it, a row a page."""
+        return self._rows[: len(packet.normal)]
+
+    def _fill(self, view: memoryview, *, may_end: bool = False) -> bool:
+        got = 0
+        while got < len(view):
+            n = self._channel.recv_into(view[got:])
+            if not n:
+                if may_end and not got:
+                    return False
+                raise EndOfStream(
+                    "a multifd channel ended in the middle of a packet",
+                    section="ram",
+                    expected=f"{len(view)} bytes",
+                    found=got,
+                )
+            got += n
+        self._counted += got
+        return True

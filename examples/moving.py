@@ -27,12 +27,11 @@ machine = Machine("moving-1.0", stop=still.acquire, start=still.release)
 machine.add(RAMBlock("memory", memory=memory))
 counter = machine.add(Counter())
 kernel = Kernel(machine)
-if sys.argv[1] == "wait" and still.acquire():
-    m = kernel.incoming(sys.argv[2])
-    print("waiting at", *m.addresses, flush=True)
-else:
-    m = kernel.migrate(sys.argv[2])
+waits = sys.argv[1] == "wait" and still.acquire()
 threading.Thread(target=work, daemon=True).start()
+m = kernel.incoming(sys.argv[2]) if waits else kernel.migrate(sys.argv[2])
+if waits:
+    print("waiting at", *m.addresses, flush=True)
 m.wait()
 print(f"{machine.run_state} with the counter at {counter.value}", flush=True)
 threading.Event().wait(None if machine.is_running else 0)  # it goes on there; here it ends

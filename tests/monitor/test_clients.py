@@ -172,5 +172,6 @@ def test_a_session_of_qmp_shell(app, qmp_shell, tmp_path, address):
     shell.shows(r"Parameter 'max-bandwidth' expects uint64")
     shell.type("no-such")
     shell.shows("CommandNotFound")
+    shell.shows(r"\(QEMU\) ")  # the terminal is the shell's again
     os.write(shell.fd, b"\x04")
     assert shell.process.wait(30) == 0

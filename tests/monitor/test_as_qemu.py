@@ -64,6 +64,23 @@ SYNTAX = [
 ]
 
 
+#: Values of no parameter; which numbers a parameter takes is told in other words here.
+VALUES = ['"4"', "1.5", "true", "null", "[]", "18446744073709551616", "-9223372036854775809"]
+SMALL = [*VALUES, "256", "-1"]
+SETTING = [
+    f'{{"execute":"migrate-set-parameters","arguments":{{"{name}":{value}}}}}'.encode()
+    for name, values in (
+        ("cpu-throttle-initial", SMALL),
+        ("multifd-channels", SMALL),
+        ("max-bandwidth", VALUES),
+        ("downtime-limit", VALUES),
+        ("cpu-throttle-tailslow", ["1", '"on"', "null"]),
+        ("multifd-compression", ["1", '"zz"', "null"]),
+    )
+    for value in values
+]
+
+
 @pytest.fixture
 def two(app, qemu, tmp_path):
     """Clients of both, by the same means."""
@@ -88,7 +105,7 @@ def answers(wire, data, number):
 
 def test_what_is_wrong_is_said_alike(two):
     ours, theirs = two
-    for number, data in enumerate(SYNTAX):
+    for number, data in enumerate(SYNTAX + SETTING):
         assert answers(ours, data, number) == answers(theirs, data, number), data
 
 

@@ -77,6 +77,21 @@ def test_a_negative_size_is_the_unsigned_one_of_the_same_bits(wire):
     assert wire.ask("query-migrate-parameters")["max-bandwidth"] == (1 << 64) - 1
 
 
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        ("4", "Parameter 'cpu-throttle-initial' expects uint64"),
+        (1.5, "Parameter 'cpu-throttle-initial' expects uint64"),
+        (256, "Parameter 'cpu-throttle-initial' expects uint8_t"),
+        (-1, "Parameter 'cpu-throttle-initial' expects uint8_t"),
+        (1 << 64, "Parameter 'cpu-throttle-initial' expects uint64"),
+        (0, "between 1 and 99"),
+    ],
+)
+def test_small_numbers(wire, value, text):
+    assert text in wire.refused("migrate-set-parameters", cpu_throttle_initial=value)
+
+
 # ---- the setters of 2013
 
 

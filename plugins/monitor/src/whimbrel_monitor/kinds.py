@@ -17,8 +17,6 @@ import attrs
 
 from whimbrel import LocalError
 
-MAX = (1 << 64) - 1
-
 
 class ArgumentError(LocalError):
     """An argument that is missing, unexpected, or not of its type. The texts are QEMU's."""
@@ -47,17 +45,21 @@ class Builtin(Kind):
         return value
 
 
-@attrs.frozen
+@attrs.frozen(kw_only=True)
 class Unsigned(Kind):
-    """0 to 2^64-1. A negative size is taken as the unsigned number of the same bits, as QEMU does: -1 is the most there is."""
+    """0 to 2^bits - 1. A negative size is taken as the unsigned number of the same bits, as QEMU does: -1 is the most there is."""
 
+    bits: int = 64
     wraps: bool = False
 
     def check(self, value: Any, path: str) -> int:
         if _is_int(value) and self.wraps and -(1 << 63) <= value < 0:
             value += 1 << 64
-        if not _is_int(value) or not 0 <= value <= MAX:
+        if not _is_int(value) or not -(1 << 63) <= value < 1 << 64:
             raise ArgumentError(f"Parameter '{path}' expects uint64")
+        if not 0 <= value < 1 << self.bits:
+            named = "uint64" if self.bits == 64 else f"uint{self.bits}_t"
+            raise ArgumentError(f"Parameter '{path}' expects {named}")
         return int(value)
 
 

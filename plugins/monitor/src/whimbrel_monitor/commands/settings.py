@@ -9,7 +9,6 @@ from whimbrel_monitor import Context, command, kinds
 
 _KINDS: dict[Type, kinds.Kind] = {
     Type.BOOL: kinds.BOOL,
-    Type.INT: kinds.INT,
     Type.SIZE: kinds.Unsigned(wraps=True),
     Type.DURATION: kinds.Unsigned(wraps=True),
     Type.STR: kinds.STR,
@@ -32,13 +31,22 @@ def _capabilities(kernel: Kernel) -> tuple[kinds.Member, ...]:
     return (kinds.Member("capabilities", kinds.Array(status)),)
 
 
+def _integer(parameter: Parameter) -> kinds.Kind:
+    """The narrowest that holds all that is allowed, as QEMU's own parameters have it."""
+    low, high = parameter.minimum, parameter.maximum
+    if low is None or low < 0:
+        return kinds.INT
+    widths = (bits for bits in (8, 32) if high is not None and high < 1 << bits)
+    return kinds.Unsigned(bits=next(widths, 64))
+
+
 def _parameters(kernel: Kernel) -> tuple[kinds.Member, ...]:
     def kind(name: str) -> kinds.Kind:
         parameter = kernel.settings.find(name)
         assert isinstance(parameter, Parameter)
         if parameter.type is Type.CHOICE:
             return kinds.Choice(parameter.choices)
-        return _KINDS[parameter.type]
+        return _integer(parameter) if parameter.type is Type.INT else _KINDS[parameter.type]
 
     return tuple(
         kinds.Member(name, kind(name), required=False) for name in _names(kernel, Parameter)

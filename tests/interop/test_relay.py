@@ -100,6 +100,7 @@ MACHINES = {
     "pc-i440fx-2.0": ("7.2", "x86_64", "pc-i440fx-2.0"),
     "pc-i440fx-1.7": ("7.2", "x86_64", "pc-i440fx-1.7"),
     "virt": (None, "aarch64", "virt"),
+    "integratorcp": ("7.2", "aarch64", "integratorcp"),  # pages of 1 KiB
     "pseries": (None, "ppc64", "pseries"),
 }
 #: What of a stream cannot be checked: a live section that nobody here reads, devices that nothing describes.

@@ -1,6 +1,7 @@
 """Machines that go from one QEMU into another: a newer one, an older one, one of another architecture than ours."""
 
 import functools
+import itertools
 from pathlib import Path
 
 import attrs
@@ -65,9 +66,24 @@ class Foreign:
     verbatim_from: str | None = None
     #: Devices whose state is not what was loaded, also when nothing stands between two QEMUs: a clock, flags.
     moving: tuple[str, ...] = ()
+    #: Those that another version of QEMU writes in its own way.
+    translated: tuple[str, ...] = ()
+
+    def named(self, version: str) -> str:
+        """For -machine. A board with sound wants it connected since 8.2."""
+        sound = self.machine == "integratorcp" and version == "10.0"
+        return f"{self.machine},audiodev=silent" if sound else self.machine
 
 
 VIRT = Foreign(arch="aarch64", machine="virt-7.2", mib=32, page_bits=12)
+#: Its processors have pages of 1 KiB, and its stream does not say so.
+INTEGRATOR = Foreign(
+    arch="aarch64",
+    machine="integratorcp",
+    mib=32,
+    moving=("pl110",),
+    translated=("cpu", "globalstate"),
+)
 PSERIES = Foreign(
     arch="ppc64",
     machine="pseries-7.2",
@@ -75,15 +91,18 @@ PSERIES = Foreign(
     verbatim_from="spapr/htab",
     moving=("cpu", "cpu_common", "spapr"),
 )
-#: A clock that stands still with the machine.
-CLOCK = ("-rtc", "base=2020-01-01,clock=vm")
+#: A clock that stands still with the machine, and no sound.
+ALIKE = ("-rtc", "base=2020-01-01,clock=vm", "-audiodev", "none,id=silent")
 
 
-others = pytest.mark.parametrize("foreign", [VIRT, PSERIES], ids=lambda f: f.machine)
-
-
-@others
-@versions([("7.2", "7.2"), ("10.0", "10.0")])
+@pytest.mark.parametrize(
+    ("versions", "foreign"),
+    [
+        *itertools.product([("7.2", "7.2"), ("10.0", "10.0")], [VIRT, INTEGRATOR, PSERIES]),
+        *itertools.product(ACROSS, [INTEGRATOR]),
+    ],
+    ids=lambda v: v.machine if isinstance(v, Foreign) else " to ".join(v),
+)
 def test_machine_of_another_architecture_passes(
     foreign: Foreign, versions: tuple[str, str], passage: Passage, tmp_path: Path, record: Record
 ) -> None:
@@ -92,7 +111,9 @@ def test_machine_of_another_architecture_passes(
     guest = FilledGuest(foreign.mib * MIB, filled=32 * MIB)
     ram, copy = tmp_path / "ram", tmp_path / "copy"
     guest.fill(ram)
-    source = passage.qemu(*guest.args(ram, foreign.machine), *CLOCK, arch=foreign.arch, version=old)
+    source = passage.qemu(
+        *guest.args(ram, foreign.named(old)), *ALIKE, arch=foreign.arch, version=old
+    )
     source.capabilities(return_path=True)
     received = passage.receive(source)
     source.wait_migration("completed")
@@ -104,8 +125,8 @@ def test_machine_of_another_architecture_passes(
     assert kept.configuration.target_page_bits == foreign.page_bits
 
     target, sent = passage.send(
-        *guest.args(copy, foreign.machine),
-        *CLOCK,
+        *guest.args(copy, foreign.named(new)),
+        *ALIKE,
         arch=foreign.arch,
         version=new,
         return_path=True,
@@ -120,11 +141,14 @@ def test_machine_of_another_architecture_passes(
     target.capabilities(return_path=False)
     target.migrate(f"exec:cat > {again}", max_bandwidth=0)
     target.wait_migration("completed")
-    assert {*differing_devices(kept, load(again))} <= {*foreign.moving}
+    differing = {*differing_devices(kept, load(again))} - {*foreign.moving}
+    if old != new:
+        differing -= {*foreign.translated}
+    assert differing == set()
     record(*cell, "RAM and devices whole")
 
 
-@others
+@pytest.mark.parametrize("foreign", [VIRT, PSERIES], ids=lambda f: f.machine)
 @versions(ACROSS)
 def test_machine_that_no_other_version_takes(
     foreign: Foreign, versions: tuple[str, str], passage: Passage, record: Record

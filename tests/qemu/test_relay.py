@@ -397,6 +397,128 @@ def test_a_foreign_live_section_that_breaks_off_is_an_error(
     assert "its own log" in str(passing.error)
 
 
+def foreign_in(stream: bytes) -> bytes:
+    """The stream with a live section in it that nobody here can read."""
+    place = at(stream, b"\x03ram", -5)
+    header = b"\x01" + struct.pack(">I", 99) + b"\x07foreign" + struct.pack(">II", 0, 1)
+    return stream[:place] + header + b"what" + b"\x7e" + struct.pack(">I", 99) + stream[place:]
+
+
+@pytest.mark.parametrize("further", [1, 2, 6])
+def test_behind_a_foreign_section_the_end_waits_for_what_follows(
+    ends: Callable[..., Ends], stream: bytes, further: int
+) -> None:
+    """The source breaks off behind its EOF byte: a destination that has that one may run the machine."""
+    whole = foreign_in(stream)
+    eof = eof_of(whole)
+    passing = ends()
+    passing.send(whole[: eof + further], more=True)
+    wait_received(passing, eof)
+    passing.source.shutdown(socket.SHUT_WR)
+    passing.wait()
+    passing.close()
+    assert isinstance(passing.error, EndOfStream)
+    assert bytes(passing.received) == whole[:eof]
+
+
+def test_behind_a_foreign_section_an_end_that_nothing_describes_passes(
+    ends: Callable[..., Ends], stream: bytes
+) -> None:
+    whole = foreign_in(with_return_path(stream))
+    whole = whole[: eof_of(whole) + 1]
+    passing = ends()
+    passing.send(whole, more=True)
+    wait_received(passing, len(whole))
+    passing.destination.sendall(encode_shut(0))
+    passing.wait()
+    assert passing.result is not None
+    assert passing.result.acknowledged
+
+
+def test_a_question_behind_a_foreign_section_passes_whatever_it_ends_with(
+    ends: Callable[..., Ends], stream: bytes
+) -> None:
+    whole = foreign_in(with_return_path(stream))
+    first = whole[: eof_of(whole)] + items.encode_command(Command.PING, struct.pack(">I", 0x100))
+    passing = ends()
+    passing.send(first, more=True)
+    wait_received(passing, len(first))
+    assert passing.error is None
+
+
+def test_behind_a_package_nothing_is_certain(ends: Callable[..., Ends], stream: bytes) -> None:
+    """Of bitmaps that go on after the machine, say: it is started by a command in the package."""
+    whole = foreign_in(stream)
+    package = items.encode_command(Command.PACKAGED, struct.pack(">I", 4)) + b"what"
+    passing = ends()
+    passing.send(whole[: eof_of(whole)] + package)
+    passing.wait()
+    assert isinstance(passing.error, OutcomeUnknown)
+
+
+def test_a_source_that_asked_and_then_ends_wrongly_starts_nothing(
+    ends: Callable[..., Ends], stream: bytes
+) -> None:
+    """EOF stands behind a question here, not behind a footer; what follows it is no vmdescription."""
+    stream = with_return_path(stream)
+    eof = eof_of(stream)
+    asked = stream[:eof] + items.encode_command(Command.PING, struct.pack(">I", 7))
+    passing = ends()
+    passing.send(asked, more=True)
+    wait_received(passing, len(asked))
+    passing.send(b"\0" + b"\x09" * 100)
+    passing.wait()
+    assert passing.answers()[-1] == SHUT_1
+    passing.close()
+    assert bytes(passing.received) == asked
+
+
+def test_a_destination_cannot_have_taken_over_what_it_was_not_sent(
+    ends: Callable[..., Ends], stream: bytes
+) -> None:
+    passing = ends()
+    stream = with_return_path(stream)
+    passing.send(stream[:-1], more=True)
+    wait_received(passing, eof_of(stream))
+    passing.destination.sendall(encode_shut(0))
+    assert passing.answers()[1:] == [SHUT_1]
+    passing.wait()
+    assert isinstance(passing.error, PeerError)
+    assert "before it was sent the end" in str(passing.error)
+
+
+def test_a_destination_that_is_gone_before_the_end_is_answered_for(
+    ends: Callable[..., Ends], stream: bytes
+) -> None:
+    """The source has sent everything, and is told that its machine is where it was."""
+    stream = with_return_path(stream)
+    passing = ends()
+    passing.send(stream[:-1], more=True)
+    wait_received(passing, eof_of(stream))
+    passing.destination.shutdown(socket.SHUT_WR)  # it still reads
+    assert passing.answers()[1:] == [SHUT_1]
+    passing.wait()
+    assert isinstance(passing.error, PeerError)
+    passing.close()
+    assert bytes(passing.received) == stream[: eof_of(stream)]
+
+
+def test_a_source_that_reads_no_answers_holds_up_nobody(
+    ends: Callable[..., Ends], stream: bytes
+) -> None:
+    passing = ends()
+    stream = with_return_path(stream)
+    passing.send(stream[:5000], more=True)
+    wait_received(passing, 100)
+    passing.destination.settimeout(0.5)
+    with pytest.raises(TimeoutError):
+        while True:
+            passing.destination.sendall(encode_pong(1) * 1000)
+    passing.source.shutdown(socket.SHUT_WR)
+    passing.wait()
+    assert isinstance(passing.error, EndOfStream)
+
+
 def test_a_source_that_is_paused_passes_as_paused() -> None:
     source, target = App(run_state=RunState.PAUSED), App()
     incoming, address = expect(target)

@@ -8,22 +8,33 @@ import threading
 from collections.abc import Callable
 
 from whimbrel.channel import Channel
-from whimbrel.errors import EndOfStream, MigrationError
+from whimbrel.errors import EndOfStream, MigrationError, StreamError
 from whimbrel.stream import InStream
 from whimbrel.wire.format import PONG_RELAY, Answer
 from whimbrel.wire.return_path import encode_answer, encode_pong, encode_shut, read_answer
+
+#: Seconds that a source has for reading what it was told before.
+_TELL = 1.0
 
 
 class Answers(threading.Thread):
     """Reads from the destination until it has said how it ended, or says nothing more."""
 
-    def __init__(self, out: Channel, back: Channel, on_end: Callable[[], None]) -> None:
-        """The channel `out` leads to the destination, `back` to the source. on_end is called, on this thread, behind the
-        last message.
+    def __init__(
+        self,
+        out: Channel,
+        back: Channel,
+        *,
+        may_take_over: Callable[[], bool],
+        on_end: Callable[[], None],
+    ) -> None:
+        """The channel `out` leads to the destination, `back` to the source. may_take_over: the destination may have all
+        that it needs for that. on_end is called, on this thread, behind the last message.
         """
         super().__init__(name="whimbrel-answers", daemon=True)
         self._inp = InStream(out, buffer_size=4096)
         self._back = back
+        self._may_take_over = may_take_over
         self._on_end = on_end
         self._lock = threading.Lock()
         #: Status of the destination's SHUT; None: there was none.
@@ -52,18 +63,29 @@ class Answers(threading.Thread):
             self._on_end()
 
     def tell(self, status: int) -> None:
-        """Say to the source how it ended, unless it was told before or is gone."""
-        with self._lock:
-            if self.told:
-                return
-            with contextlib.suppress(MigrationError):
-                self._back.send([encode_shut(status)])
-                self.told = True
+        """Say to the source how it ended, unless it was told before, is gone, or does not read."""
+        if not self._lock.acquire(timeout=_TELL):
+            return
+        try:
+            if not self.told:
+                with contextlib.suppress(MigrationError):
+                    self._back.send([encode_shut(status)])
+                    self.told = True
+        finally:
+            self._lock.release()
 
     def _pass_on(self, answer: Answer, data: bytes) -> None:
+        if answer is Answer.SHUT:
+            (status,) = struct.unpack(">I", data)
+            if status == 0 and not self._may_take_over():
+                raise StreamError(
+                    "the destination says that it has taken over before it was sent the end of the stream"
+                )
         with self._lock:
             if answer is Answer.SHUT:
-                (self.status,) = struct.unpack(">I", data)
+                self.status = status
+                if self.told:  # by whoever decided in the meantime
+                    return
             self._back.send([encode_answer(answer, data)])
             self.told |= answer is Answer.SHUT
         self.relayed |= (answer, data) == (Answer.PONG, struct.pack(">I", PONG_RELAY))

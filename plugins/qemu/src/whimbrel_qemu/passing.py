@@ -24,18 +24,24 @@ _DOUBT = 1.0
 _POLL = 0.2  # seconds between looks whether the destination has decided
 
 #: What an end with a vmdescription looks like: EOF, its type, its length, its first character.
-_END = re.compile(rb"\x00\x06....\{", re.DOTALL)
-_END_LENGTH = 7
+_END = re.compile(rb"\x00\x06.{4}\{", re.DOTALL)
+#: A command whose package may hold one that starts the machine.
+_PACKAGED = re.compile(rb"\x08\x00\x07\x00\x04")
+#: The beginning of one of them at the end of what came.
+_BEGUN = re.compile(rb"(?:\x00(?:\x06.{0,4})?|\x08(?:\x00(?:\x07\x00?)?)?)\Z", re.DOTALL)
+_BEGUN_LENGTH = 6
 
 _PING = rb"\x08\x00\x02\x00\x04.{4}"
 #: A footer, and the header of the section behind it: its id.
 _NEXT = re.compile(rb"\x7e(?=.{4}(?:" + _PING + rb")?\x04(.{4}))", re.DOTALL)
-#: A footer of the id, and behind it what would be the EOF byte.
-_LAST = re.compile(rb"\x7e(?=(.{4})\x00)", re.DOTALL)
+#: A footer of the id, and behind it or behind a question what would be the EOF byte.
+_LAST = re.compile(rb"\x7e(?=(.{4})(" + _PING + rb")?\x00)", re.DOTALL)
 _LOOK_BEHIND = 18  # bytes: less than the longest of these by one
 #: A footer and a question at the very end: the source waits for the answer.
 _ASKS = re.compile(rb"\x7e.{4}" + _PING + rb"\Z", re.DOTALL)
 _ASKS_LENGTH = 14
+_PINGS = re.compile(_PING + rb"\Z", re.DOTALL)
+_PING_LENGTH = 9
 #: More ids than any machine has devices.
 _MAX_IDS = 65536
 
@@ -66,7 +72,7 @@ class _PossibleEnd:
                 self._ids.add(found[1])
         for found in _LAST.finditer(data):
             if found[1] in self._ids or len(self._ids) == _MAX_IDS:
-                return base + found.start() + 1 + len(found[1])
+                return base + found.start() + 1 + len(found[1]) + len(found[2] or b"")
         return None
 
     def before(self, settled: int) -> int:
@@ -208,46 +214,61 @@ class PassingRest(_Passing):
     def __init__(
         self, on_end: Callable[[], None], *, described: bool, over: Callable[[], bool]
     ) -> None:
-        """on_end is called before anything goes on that may be the EOF byte: at once where the stream need not have a
-        vmdescription. over: whether the destination has decided.
+        """on_end is called before anything goes on behind which a destination may start its machine: at once where the
+        stream need not have a vmdescription. over: whether the destination has decided.
         """
         self._on_end = on_end
         self._described = described
         self._over = over
-        self._last = b""
         self._seen = False
 
     def load(self, inp: InStream, header: SectionHeader) -> None:
         if not self._described:
             self._end()
+        held = 0
         while True:
             try:
-                _wait_or_over(inp, self._over)
-                chunk = inp.buffered(1)
+                more = _wait_or_over(inp, self._over, held)
+                chunk = inp.buffered(held + more)
             except EndOfStream:
                 if self._seen:
                     raise TailTaken from None
                 raise
-            self._look_for_end(chunk)
-            inp.consume(len(chunk))
+            if more:
+                held = self._hold(chunk)
+            else:  # the EOF byte, and no vmdescription?
+                self._on_end()
+                held = 0
+            inp.consume(len(chunk) - held)
 
-    def _look_for_end(self, chunk: memoryview) -> None:
-        seam = self._last + bytes(chunk[: _END_LENGTH - 1])
-        if not self._seen and (_END.search(seam) or _END.search(chunk)):
+    def _hold(self, chunk: memoryview) -> int:
+        """How many of the last bytes must wait until it shows what they are."""
+        if not self._seen and _END.search(chunk):
             self._end()
-        self._last = (self._last + bytes(chunk[-_END_LENGTH + 1 :]))[-_END_LENGTH + 1 :]
+        elif not self._seen and _PACKAGED.search(chunk):
+            self._on_end()
+        if self._seen or _PINGS.search(chunk[-_PING_LENGTH:]):
+            return 0
+        begun = _BEGUN.search(chunk[-_BEGUN_LENGTH:])
+        return 0 if begun is None else len(begun[0])
 
     def _end(self) -> None:
         self._seen = True
         self._on_end()
 
 
-def _wait_or_over(inp: InStream, over: Callable[[], bool]) -> None:
-    """For more of the stream, what was read having gone on. Raises TailTaken if the destination decides before."""
+def _wait_or_over(inp: InStream, over: Callable[[], bool], held: int = 0) -> bool:
+    """For more of the stream than is held back, what was read having gone on; False if something is held back, and nothing
+    came for a while. Raises TailTaken if the destination decides before.
+    """
     inp.drain_tap()
-    while not inp.buffered():
+    silent_at = time.monotonic() + _DOUBT
+    while len(inp.buffered()) <= held:
         if over():
             raise TailTaken
+        if held and time.monotonic() >= silent_at:
+            return False
         with contextlib.suppress(DeadlineExceeded):
             inp.channel.peek(1, time.monotonic() + _POLL)
-            return
+            break
+    return True

@@ -38,7 +38,7 @@ from whimbrel.machine import Machine
 from whimbrel.plugins import Plugins
 from whimbrel.savevm import LoadDriver, SaveVMHandler
 from whimbrel.stream import InStream
-from whimbrel.way_back import check_precopy, linger
+from whimbrel.way_back import LINGER, check_precopy, linger
 from whimbrel.wire.format import Command, Dialect, ItemType
 from whimbrel.wire.items import SectionHeader
 from whimbrel.wire.return_path import encode_shut
@@ -185,7 +185,9 @@ class Passage:
         self._taken: PassingDevices | PassingRest | None = None
         self._unverified_from: str | None = None
         self._answers: Answers | None = None
-        self._committed = False
+        self._deciding = threading.Lock()
+        self._committed = False  # the destination may start its machine
+        self._given_up = False  # the source was told that it will not
         self._began = time.monotonic()
         self._stopped: float | None = None
 
@@ -203,10 +205,12 @@ class Passage:
                     self._end_without_devices()
                 acknowledged = self._end()
             except BaseException as error:
-                reason = self._reason(error)
-                if reason is error:
-                    raise
-                raise reason from error
+                if not self._has_taken_over():
+                    reason = self._reason(error)
+                    if reason is error:
+                        raise
+                    raise reason from error
+                acknowledged = True
         except OutcomeUnknown as unknown:
             self._resolve(unknown, on_unknown)
             acknowledged = False
@@ -228,12 +232,15 @@ class Passage:
     def _commit(self, data: Buffer) -> None:
         """What begins with the EOF byte."""
         self._check_others()
-        self._committed = True
+        self._maybe_committed()
         self._forward(data)
 
     def _maybe_committed(self) -> None:
-        """The EOF byte may be in what goes on next."""
-        self._committed = True
+        """The EOF byte may be in what goes on next. Raises ChannelError if the destination has given up before."""
+        with self._deciding:
+            if self._given_up:
+                raise ChannelError("the destination gave up")
+            self._committed = True
 
     def _source_stopped(self) -> None:
         if self._stopped is None:
@@ -265,13 +272,23 @@ class Passage:
                 offset=self._inp.position,
                 hint="Switch the capability return-path off on the source",
             )
-        self._answers = Answers(out, back, on_end=self._destination_ended)
+        self._answers = Answers(
+            out,
+            back,
+            may_take_over=lambda: self._committed,
+            on_end=self._destination_ended,
+        )
         self._answers.start()
 
     def _destination_ended(self) -> None:
         """It will say nothing more. As long as it cannot have started the machine, there is no use in going on."""
-        if not self._committed:
-            self._source.abort()
+        with self._deciding:
+            if self._committed:
+                return
+            self._given_up = True
+        if self._answers is not None:
+            self._answers.tell(1)
+        self._source.abort()
 
     def _over(self) -> bool:
         return self._answers is not None and self._answers.ended.is_set()
@@ -298,7 +315,7 @@ class Passage:
     def _end_without_devices(self) -> None:
         """The EOF byte was read as an item: no device section comes before it, and all is checked."""
         self._check_others()
-        self._committed = True
+        self._maybe_committed()
         self._inp.drain_tap()
         self._driver.vmdescription(self._inp)
 
@@ -355,6 +372,10 @@ class Passage:
             hint=_LOOK,
         )
 
+    def _has_taken_over(self) -> bool:
+        """Both the destination and the source know that it has."""
+        return self._answers is not None and self._answers.told and self._answers.status == 0
+
     def _reason(self, error: BaseException) -> BaseException:
         """What ended the passage, given what was raised here."""
         if isinstance(error, OutcomeUnknown | PeerError):
@@ -375,6 +396,8 @@ class Passage:
         return error
 
     def _lost_behind_eof(self, error: BaseException) -> BaseException:
+        if self._answers is not None and self._answers.status:
+            return _refusal(self._answers.status)
         if self._answers is not None:
             return OutcomeUnknown(f"stopped while the destination decided: {error!s}", hint=_LOOK)
         return OutcomeUnknown(
@@ -392,9 +415,11 @@ class Passage:
 
     def _resolve(self, unknown: OutcomeUnknown, on_unknown: OnUnknown) -> None:
         """The source waits until somebody knows. Returns if the destination has the machine; raises otherwise."""
-        if self._answers is None or self._answers.told:
+        if self._answers is None or self._answers.told or self._answers.status is not None:
             raise unknown
         taken_over = on_unknown(unknown)
+        if self._answers.status is not None:  # it has answered meanwhile
+            taken_over = self._answers.status == 0
         if taken_over is None:
             raise unknown
         self._answers.tell(0 if taken_over else 1)
@@ -408,7 +433,10 @@ class Passage:
     def _close_answers(self) -> None:
         if self._answers is not None:
             self._destination.abort()
-            self._answers.join()
+            self._answers.join(LINGER)
+            if self._answers.is_alive():  # it sends to a source that does not read
+                self._source.abort()
+                self._answers.join()
 
     def _relayed(self, acknowledged: bool) -> Relayed:
         status, now = self._driver.status, time.monotonic()

@@ -42,7 +42,7 @@ _MULTIFD = bytes.fromhex("11223344")
 _PATIENCE = 1.0  # seconds to wait for it
 
 BROKE_OFF = "The source broke off: its own log says why, and it still has its machine"
-_NOT_TOLD = (
+NOT_TOLD = (
     "The source asks for no answer (capability return-path) and may believe that its machine has moved:"
     " 'cont' there lets it run on"
 )
@@ -178,7 +178,7 @@ def receive_from(
         if isinstance(error, EndOfStream):
             error.hint = error.hint or BROKE_OFF
         elif isinstance(error, MigrationError) and not told:
-            error.hint = f"{error.hint}. {_NOT_TOLD}" if error.hint else _NOT_TOLD
+            error.hint = f"{error.hint}. {NOT_TOLD}" if error.hint else NOT_TOLD
         raise
     return Received(
         path=target,

@@ -45,7 +45,7 @@ from whimbrel.wire.return_path import encode_shut
 from whimbrel_qemu.answers import Answers
 from whimbrel_qemu.passing import PassingDevices, PassingRam, PassingRest
 from whimbrel_qemu.progress import Progress
-from whimbrel_qemu.receiving import BROKE_OFF, refuse_multifd
+from whimbrel_qemu.receiving import BROKE_OFF, NOT_TOLD, refuse_multifd
 from whimbrel_qemu.tail import Section
 
 #: Seconds in which a destination that hung up may still say why.
@@ -390,9 +390,12 @@ class Passage:
                     return _refusal(answers.status)
                 return PeerError(f"the destination gave up: {answers.error}", hint=_OWN_LOG)
         if isinstance(error, _DestinationFailed):
-            return ChannelError(f"the destination hung up: {error.message}", hint=_OWN_LOG)
+            hint = _OWN_LOG if answers is not None else f"Its own log says why. {NOT_TOLD}"
+            return ChannelError(f"the destination hung up: {error.message}", hint=hint)
         if isinstance(error, EndOfStream):
             error.hint = error.hint or BROKE_OFF
+        elif isinstance(error, MigrationError) and answers is None:
+            error.hint = f"{error.hint}. {NOT_TOLD}" if error.hint else NOT_TOLD
         return error
 
     def _lost_behind_eof(self, error: BaseException) -> BaseException:

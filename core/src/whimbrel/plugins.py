@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import enum
 import importlib.metadata
 import logging
@@ -456,7 +457,14 @@ class Plugins:
         for info in self._infos:
             if info.name == scheme and info.state is not PluginState.READY:
                 return f"Plugin {info.source} is {info.state}: {info.detail}"
-        return f"Install the distribution that provides it, by convention whimbrel-{scheme}"
+        if not re.fullmatch(r"[a-z][a-z0-9+-]*", scheme):  # an address, as it seems
+            return "Write for instance tcp:HOST:PORT or unix:PATH"
+        near = difflib.get_close_matches(scheme, self.schemes, 1)
+        return (
+            f"Write {near[0]}:, if that was meant; or install the distribution that provides it,"
+            if near
+            else "Install the distribution that provides it,"
+        ) + f" by convention whimbrel-{scheme}"
 
     def filter(self, name: str) -> Filter:
         return self._filters[name][0].create()

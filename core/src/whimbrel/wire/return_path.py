@@ -33,7 +33,11 @@ def read_answer(reader: Reader) -> tuple[Answer, bytes]:
         answer = Answer(number)
     except ValueError:
         raise StreamError(
-            "unknown message on the return path", offset=offset, expected="1 to 7", found=number
+            "unknown message on the return path",
+            offset=offset,
+            expected="1 to 7",
+            found=number,
+            hint="Look what listens there: it does not speak as the destination of a migration",
         ) from None
     fixed = _LENGTH.get(answer)
     if length > MAX_RP_DATA or (fixed is not None and length != fixed):

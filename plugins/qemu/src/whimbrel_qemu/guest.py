@@ -41,6 +41,12 @@ OnCommand = Callable[[Command, bytes, InStream], None]
 TakeRest = Callable[[bytes, bytes, bool], RestTaker]
 
 
+def explain(error: BaseException, dialect: Dialect | None) -> None:
+    """Of a stream that is wrong, where somebody said which form it has."""
+    if dialect is not None and isinstance(error, StreamError) and error.hint is None:
+        error.hint = "It was read in the form that was asked for: without --dialect, it shows"
+
+
 @attrs.frozen(kw_only=True)
 class Guest:
     """What a stream said of a machine. The run state is that before it was stopped, None if the stream has none."""

@@ -33,7 +33,7 @@ from whimbrel.plugins import Plugins
 from whimbrel.stream import InStream, OutStream
 from whimbrel.way_back import WayBack
 from whimbrel.wire.format import Dialect
-from whimbrel_qemu.guest import MAX_RAM, Guest, read_guest, write_guest
+from whimbrel_qemu.guest import MAX_RAM, Guest, explain, read_guest, write_guest
 from whimbrel_qemu.progress import Progress
 from whimbrel_qemu.rest import RestKeeper
 
@@ -42,6 +42,8 @@ _MULTIFD = bytes.fromhex("11223344")
 _PATIENCE = 1.0  # seconds to wait for it
 
 BROKE_OFF = "The source broke off: its own log says why, and it still has its machine"
+#: Bytes of magic and version: what ends within them is no migration.
+HEADER = 8
 NOT_TOLD = (
     "The source asks for no answer (capability return-path) and may believe that its machine has moved:"
     " 'cont' there lets it run on"
@@ -175,9 +177,10 @@ def receive_from(
             file_bytes = os.fstat(fd).st_size
     except BaseException as error:
         told = way_back.tell(1)
+        explain(error, dialect)
         if isinstance(error, EndOfStream):
             error.hint = error.hint or BROKE_OFF
-        elif isinstance(error, MigrationError) and not told:
+        elif isinstance(error, MigrationError) and not told and inp.position > HEADER:
             error.hint = f"{error.hint}. {NOT_TOLD}" if error.hint else NOT_TOLD
         raise
     return Received(

@@ -43,9 +43,10 @@ from whimbrel.wire.format import Command, Dialect, ItemType
 from whimbrel.wire.items import SectionHeader
 from whimbrel.wire.return_path import encode_shut
 from whimbrel_qemu.answers import Answers
+from whimbrel_qemu.guest import explain
 from whimbrel_qemu.passing import PassingDevices, PassingRam, PassingRest
 from whimbrel_qemu.progress import Progress
-from whimbrel_qemu.receiving import BROKE_OFF, NOT_TOLD, refuse_multifd
+from whimbrel_qemu.receiving import BROKE_OFF, HEADER, NOT_TOLD, refuse_multifd
 from whimbrel_qemu.tail import Section
 
 #: Seconds in which a destination that hung up may still say why.
@@ -172,6 +173,7 @@ class Passage:
         self._source = source
         self._destination = destination
         self._check_others = check_others
+        self._expected = dialect
         self._inp = InStream(source, tap=self._forward)
         self._ram = PassingRam(on_start=check_others, on_end=self._source_stopped)
         self._driver = LoadDriver(
@@ -392,9 +394,10 @@ class Passage:
         if isinstance(error, _DestinationFailed):
             hint = _OWN_LOG if answers is not None else f"Its own log says why. {NOT_TOLD}"
             return ChannelError(f"the destination hung up: {error.message}", hint=hint)
+        explain(error, self._expected)
         if isinstance(error, EndOfStream):
             error.hint = error.hint or BROKE_OFF
-        elif isinstance(error, MigrationError) and answers is None:
+        elif isinstance(error, MigrationError) and answers is None and self.position > HEADER:
             error.hint = f"{error.hint}. {NOT_TOLD}" if error.hint else NOT_TOLD
         return error
 

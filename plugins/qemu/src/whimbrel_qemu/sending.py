@@ -22,6 +22,7 @@ from whimbrel.errors import (
     OutcomeUnknown,
     PeerError,
     StateError,
+    StreamError,
 )
 from whimbrel.handle import Result
 from whimbrel.kernel import Kernel
@@ -32,7 +33,7 @@ from whimbrel.way_back import check_precopy
 from whimbrel.wire import dialects
 from whimbrel.wire.format import Dialect, GlobalStateForm
 from whimbrel_qemu.comparing import Comparison, compare
-from whimbrel_qemu.guest import STANDS_STILL, Guest, read_guest
+from whimbrel_qemu.guest import STANDS_STILL, Guest, explain, read_guest
 from whimbrel_qemu.milestones import RAM, Milestones
 from whimbrel_qemu.progress import Progress
 from whimbrel_qemu.refusal import Evidence, refused
@@ -83,12 +84,20 @@ def load(
     with DescriptorChannel(read_fd=fd, name=str(source)) as channel:
         inp = InStream(channel)
         progress.begin("reading", lambda: inp.position, os.fstat(fd).st_size)
-        return read_guest(
-            inp,
-            on_command=check_precopy,
-            dialect=dialect,
-            take_rest=lambda head, _, footers: FileRest(fd, items_at=len(head), footers=footers),
-        )
+        try:
+            return read_guest(
+                inp,
+                on_command=check_precopy,
+                dialect=dialect,
+                take_rest=lambda head, _, footers: FileRest(
+                    fd, items_at=len(head), footers=footers
+                ),
+            )
+        except (StreamError, EndOfStream) as error:
+            explain(error, dialect)
+            error.message = f"{source}: {error.message}"
+            error.hint = error.hint or "Name a file that migctl receive has written, as a whole"
+            raise
 
 
 def _wait(run: Outgoing) -> Result:

@@ -27,7 +27,7 @@ from whimbrel.wire.items import SectionHeader
 _VALUE = 0x4D53_8080
 _MOST = 1 << 14
 #: Seconds to wait for an answer. Who does not give one by then is not waited for again.
-_PATIENCE = 60.0
+_PATIENCE = 10.0
 
 #: How the stream begins: both of it before the first PING.
 CONFIGURATION = "configuration"

@@ -1,10 +1,12 @@
 """relay() between apps of ours, and between scripted ends that do what no real peer can be made to do."""
 
 import contextlib
+import os
 import queue
 import random
 import socket
 import struct
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +20,7 @@ from whimbrel.wire import items
 from whimbrel.wire.format import PONG_RELAY, Answer, Command
 from whimbrel.wire.return_path import encode_pong, encode_shut, read_answer
 from whimbrel_qemu import Passage, Relayed, relay
+from whimbrel_qemu.receiving import receive_from
 
 from .test_keeping import MIB, App
 
@@ -229,6 +232,33 @@ def ends() -> Iterator[Callable[..., Ends]]:
             return stack.enter_context(contextlib.closing(Ends(**options)))
 
         yield make
+
+
+@pytest.mark.parametrize("foreign", [False, True], ids=["devices", "foreign"])
+def test_a_pipe_is_not_read_byte_by_byte(
+    stream: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, foreign: bool
+) -> None:
+    whole = foreign_in(stream) if foreign else stream
+    reads: list[int] = []
+    recv_into = DescriptorChannel.recv_into
+
+    def counting(self: DescriptorChannel, view: memoryview) -> int:
+        reads.append(n := recv_into(self, view))
+        return n
+
+    monkeypatch.setattr(DescriptorChannel, "recv_into", counting)
+    (tmp_path / "whole").write_bytes(whole)
+    for keep in (False, True):
+        reads.clear()
+        with subprocess.Popen(["cat", tmp_path / "whole"], stdout=subprocess.PIPE) as cat:
+            assert cat.stdout is not None
+            with DescriptorChannel(read_fd=os.dup(cat.stdout.fileno()), name="pipe") as pipe:
+                if keep:
+                    receive_from(pipe, tmp_path / "kept")
+                else:
+                    Passage(pipe, MemoryChannel()).run()
+        assert sum(reads) == len(whole)
+        assert len(reads) < 50 + len(whole) // 1024
 
 
 SHUT_1 = (Answer.SHUT, struct.pack(">I", 1))

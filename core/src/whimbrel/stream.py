@@ -270,7 +270,7 @@ class InStream(_Latched):
         self.drain_tap()
         if self.deadline is not None:
             self.check()
-            self.channel.peek(1, self.deadline)
+            self.channel.peek(PASS_THROUGH, self.deadline)
         with self._latch():
             self._make_room(need)
             self._tapped = self._start

@@ -22,6 +22,8 @@ _SILENCE = 0.05
 #: Seconds of silence behind a vmdescription that does not fit, after which it is taken for the end.
 _DOUBT = 1.0
 _POLL = 0.2  # seconds between looks whether the destination has decided
+#: What of a pipe was peeked is read before anything else: a byte at a time would be read so as well.
+_CHUNK = 64 << 10
 
 #: What an end with a vmdescription looks like: EOF, its type, its length, its first character.
 _END = re.compile(rb"\x00\x06.{4}\{", re.DOTALL)
@@ -184,7 +186,7 @@ class PassingDevices(_Passing):
         try:
             if self._held and not self._described:
                 with contextlib.suppress(DeadlineExceeded):
-                    inp.channel.peek(1, time.monotonic() + _SILENCE)
+                    inp.channel.peek(_CHUNK, time.monotonic() + _SILENCE)
                     return
                 self._commit(self._held)
                 self._forwarded += len(self._held)
@@ -194,7 +196,7 @@ class PassingDevices(_Passing):
                 _wait_or_over(inp, self._over)
             else:
                 patience = PATIENCE if reader.rejected is None else _DOUBT
-                inp.channel.peek(1, time.monotonic() + patience)
+                inp.channel.peek(_CHUNK, time.monotonic() + patience)
         except DeadlineExceeded as error:
             raise reader.no_end("nothing more came") from error
 
@@ -269,6 +271,6 @@ def _wait_or_over(inp: InStream, over: Callable[[], bool], held: int = 0) -> boo
         if held and time.monotonic() >= silent_at:
             return False
         with contextlib.suppress(DeadlineExceeded):
-            inp.channel.peek(1, time.monotonic() + _POLL)
+            inp.channel.peek(_CHUNK, time.monotonic() + _POLL)
             break
     return True

@@ -109,7 +109,7 @@ class RestKeeper(RestTaker):
         while True:
             try:
                 if not inp.buffered():
-                    inp.channel.peek(1, time.monotonic() + SILENCE)
+                    inp.channel.peek(_CHUNK, time.monotonic() + SILENCE)
                 chunk = inp.buffered(1)
             except EndOfStream as error:
                 if self._find_end(self.size):

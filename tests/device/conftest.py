@@ -27,6 +27,9 @@ MACHINES = {
         *("-audiodev", "none,id=audio", "-device", "intel-hda"),
         *("-device", "hda-duplex,audiodev=audio"),
     ],
+    "isapc": ["-M", "isapc"],
+    "microvm": ["-M", "microvm"],
+    "none": ["-M", "none"],
 }
 
 

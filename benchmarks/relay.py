@@ -1,16 +1,18 @@
-"""What a relay costs: QEMU to QEMU directly, and through `migctl relay`, in turn.
+"""What a relay costs: QEMU to QEMU directly, through `migctl relay`, and through a bare copy loop, in turn.
 
     python benchmarks/relay.py [--size 1G] [--runs 5] [--json] [--channel tcp unix] [--limit 128M 0]
 
 The guest runs (firmware that finds nothing to boot), with RAM full of random bytes, and the return path is open.
 Throughput is guest RAM over the source's total-time, downtime the time from the source's event STOP to the destination's
 event RESUME. Memory is the most that the relay's process had resident (ru_maxrss), the interpreter included. The first run
-of each way is not counted. --limit is QEMU's max-bandwidth in bytes per second, 0 being none; 128M is its default.
+of each way is not counted. The bare loop, recv and sendall in a process of its own, looks at nothing: it shows what a third process
+between the two costs on this machine, whatever it does. --limit is QEMU's max-bandwidth in bytes per second, 0 being none; 128M is its default.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -20,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -116,13 +119,55 @@ def relayed(uri: str, target: str) -> Iterator[tuple[str, list[int]]]:
             process.wait()
 
 
+def copy(server: socket.socket, target: str) -> None:
+    """Pass everything on, both ways, a MiB at a time."""
+    source, _ = server.accept()
+    if target.startswith("unix:"):
+        onward = socket.socket(socket.AF_UNIX)
+        onward.connect(target.removeprefix("unix:"))
+    else:
+        onward = socket.create_connection(("127.0.0.1", int(target.rpartition(":")[2])))
+
+    def one_way(into: socket.socket, out: socket.socket) -> None:
+        view = memoryview(bytearray(MIB))
+        with contextlib.suppress(OSError):
+            while n := into.recv_into(view):
+                out.sendall(view[:n])
+            out.shutdown(socket.SHUT_WR)
+
+    back = threading.Thread(target=one_way, args=(onward, source), daemon=True)
+    back.start()
+    one_way(source, onward)
+    back.join()
+
+
+@contextmanager
+def copied(uri: str, target: str) -> Iterator[tuple[str, list[int]]]:
+    """As relayed(), by the bare loop."""
+    if uri.startswith("unix:"):
+        server = socket.socket(socket.AF_UNIX)
+        server.bind(uri.removeprefix("unix:"))
+        server.listen()
+    else:
+        server = socket.create_server(("127.0.0.1", 0))
+        uri = f"tcp:127.0.0.1:{server.getsockname()[1]}"
+    process = multiprocessing.get_context("fork").Process(target=copy, args=(server, target))
+    process.start()
+    server.close()
+    try:
+        yield uri, []
+        process.join(PATIENCE)
+    finally:
+        process.kill()
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as probe:
         return int(probe.getsockname()[1])
 
 
 def once(
-    folder: Path, files: tuple[Path, Path], size: int, *, channel: str, limit: int, relay: bool
+    folder: Path, files: tuple[Path, Path], size: int, *, channel: str, limit: int, way: str
 ) -> Run:
     for path in folder.glob("*.sock"):
         path.unlink()
@@ -137,9 +182,9 @@ def once(
         dst("migrate-incoming", uri=to)
         src("migrate-set-parameters", **{"max-bandwidth": limit or 1 << 40})
         resident: list[int] = []
-        if relay:
+        if way != "direct":
             listen = f"unix:{folder}/in.sock" if channel == "unix" else "tcp:127.0.0.1:0"
-            with relayed(listen, to) as (address, resident):
+            with (relayed if way == "relay" else copied)(listen, to) as (address, resident):
                 src("migrate", uri=address)
                 seconds = completed(src)
         else:
@@ -180,11 +225,11 @@ def compare(
             filler.join()
         for channel in channels:
             for limit in limits:
-                got: dict[bool, list[Run]] = {False: [], True: []}
+                got: dict[str, list[Run]] = {"direct": [], "relay": [], "copy": []}
                 for run in range(runs + 1):
                     for way, runs_of_it in got.items():
                         done = once(
-                            Path(folder), files, size, channel=channel, limit=limit, relay=way
+                            Path(folder), files, size, channel=channel, limit=limit, way=way
                         )
                         if run:
                             runs_of_it.append(done)
@@ -193,20 +238,20 @@ def compare(
                 yield row
 
 
-def summary(channel: str, limit: int, size: int, got: dict[bool, list[Run]]) -> dict[str, Any]:
+def summary(channel: str, limit: int, size: int, got: dict[str, list[Run]]) -> dict[str, Any]:
     rate = {way: statistics.median(size / r.seconds / 1e9 for r in rs) for way, rs in got.items()}
-    down = {way: statistics.median(r.downtime for r in rs) for way, rs in got.items()}
+    down = {way: statistics.median(r.downtime * 1e3 for r in rs) for way, rs in got.items()}
     return {
         "channel": channel,
         "limit": limit,
-        "gb_per_s": {"direct": round(rate[False], 3), "relay": round(rate[True], 3)},
-        "downtime_ms": {"direct": round(down[False] * 1e3, 1), "relay": round(down[True] * 1e3, 1)},
-        "throughput_ratio": round(rate[True] / rate[False], 3),
-        "downtime_added_ms": round((down[True] - down[False]) * 1e3, 1),
-        "resident_mib": round(max(r.resident or 0 for r in got[True]) / MIB, 1),
+        "gb_per_s": {way: round(value, 3) for way, value in rate.items()},
+        "downtime_ms": {way: round(value, 1) for way, value in down.items()},
+        "throughput_ratio": round(rate["relay"] / rate["direct"], 3),
+        "throughput_ratio_to_copy": round(rate["relay"] / rate["copy"], 3),
+        "downtime_added_ms": round(down["relay"] - down["direct"], 1),
+        "resident_mib": round(max(r.resident or 0 for r in got["relay"]) / MIB, 1),
         "downtime_runs_ms": {
-            name: [round(r.downtime * 1e3, 1) for r in got[way]]
-            for way, name in ((False, "direct"), (True, "relay"))
+            way: [round(r.downtime * 1e3, 1) for r in runs] for way, runs in got.items()
         },
     }
 
@@ -214,10 +259,12 @@ def summary(channel: str, limit: int, size: int, got: dict[bool, list[Run]]) -> 
 def show(row: dict[str, Any]) -> None:
     rate, down = row["gb_per_s"], row["downtime_ms"]
     limit = f"{row['limit'] >> 20} MiB/s" if row["limit"] else "no limit"
+    rates = "  ".join(f"{way} {value:.2f}" for way, value in rate.items())
+    downs = "  ".join(f"{way} {value:.0f}" for way, value in down.items())
     print(
-        f"{row['channel']:5} {limit:10} direct {rate['direct']:5.2f}  relay {rate['relay']:5.2f} GB/s"
-        f"  relay/direct {row['throughput_ratio']:.2f}   downtime direct {down['direct']:.0f}  relay {down['relay']:.0f} ms"
-        f"  added {row['downtime_added_ms']:+.0f} ms   resident {row['resident_mib']:.1f} MiB",
+        f"{row['channel']:5} {limit:10} GB/s {rates}  relay/direct {row['throughput_ratio']:.2f}"
+        f"  relay/copy {row['throughput_ratio_to_copy']:.2f}   downtime ms {downs}"
+        f"  added {row['downtime_added_ms']:+.0f}   resident {row['resident_mib']:.1f} MiB",
         file=sys.stderr,
         flush=True,
     )

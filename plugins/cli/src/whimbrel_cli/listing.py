@@ -10,6 +10,7 @@ from whimbrel_cli.logs import printable
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
     from whimbrel import PluginInfo
 
@@ -35,14 +36,18 @@ def _record(info: PluginInfo) -> dict[str, Any]:
 
 
 def print_table(infos: Sequence[PluginInfo]) -> None:
-    """The table, 80 columns or as wide as the terminal, then a line for each plugin that is not ready. Colours only on a
-    terminal, and not where NO_COLOR is set.
+    """The table, 80 columns or as wide as the terminal, then the settings of each plugin that has some, and a line for each
+    that is not ready. Colours only on a terminal, and not where NO_COLOR is set.
     """
     from rich.console import Console
     from rich.markup import escape
 
     console = Console(highlight=False)
     console.print(_table(infos))
+    console.print()
+    console.print(_settings(infos))
+    if any(info.detail for info in infos):
+        console.print()
     for info in infos:
         if info.detail:
             about = f"{info.name} ({info.distribution} {info.version}): {info.detail}"
@@ -52,23 +57,37 @@ def print_table(infos: Sequence[PluginInfo]) -> None:
             )
 
 
-def _table(infos: Sequence[PluginInfo]) -> RenderableType:
+def _columns(*headings: str, gives_way: str) -> Table:
+    """gives_way: the column that is folded where it is narrow."""
     from rich import box
     from rich.table import Table
-    from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for heading in ("kind", "name", "provides", "distribution", "settings", "state"):
-        # Where it is narrow, the lists give way before anything else does.
-        lists = heading in ("provides", "settings")
-        table.add_column(heading, overflow="fold", no_wrap=not lists)
+    for heading in headings:
+        table.add_column(heading, overflow="fold", no_wrap=heading != gives_way)
+    return table
+
+
+def _settings(infos: Sequence[PluginInfo]) -> RenderableType:
+    from rich.text import Text
+
+    table = _columns("plugin", "settings", gives_way="settings")
+    for info in infos:
+        if info.settings:
+            table.add_row(info.name, Text(" ".join(info.settings)))
+    return table
+
+
+def _table(infos: Sequence[PluginInfo]) -> RenderableType:
+    from rich.text import Text
+
+    table = _columns("kind", "name", "provides", "distribution", "state", gives_way="provides")
     for info in infos:
         table.add_row(
             info.kind,
             info.name,
             Text("\n".join(info.provides) or "-"),
             Text(f"{info.distribution} {info.version}"),
-            Text("\n".join(info.settings) or "-"),
             Text(info.state, style=_colour(info)),
         )
     return table

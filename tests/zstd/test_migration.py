@@ -178,3 +178,12 @@ def test_half_such_a_file_is_no_machine(tmp_path):
         with pytest.raises(EndOfStream):
             Kernel(there).incoming(f"zstd::exec:cat {file}").wait()
         assert not there.is_running
+
+
+def test_a_destination_names_no_address_that_is_not_compressed(tmp_path):
+    there = Kernel(Machine("m"))
+    incoming = there.incoming(f"zstd::unix:{tmp_path}/m")
+    told = there.query()
+    incoming.cancel()
+    assert told["x-addresses"] == [f"zstd::unix:{tmp_path}/m"]
+    assert "socket-address" not in told

@@ -59,13 +59,14 @@ class Route:
 
 
 class _FilteringListener(Listener):
-    """Puts the filters of a route around every accepted channel."""
+    """Puts the filters of a route around every accepted channel. It has no addresses of sockets: what connects to one as it
+    stands is not filtered.
+    """
 
     def __init__(self, route: Route, listener: Listener, role: Role) -> None:
         self._route, self._listener, self._role = route, listener, role
         prefix = "".join(f"{name}::" for name in route.uri.filters)
         self.addresses = tuple(prefix + address for address in listener.addresses)
-        self.socket_addresses = listener.socket_addresses
 
     def accept(self, deadline: float | None = None) -> Channel:
         return self._route._wrap(self._listener.accept(deadline), self._role)

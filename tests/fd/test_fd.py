@@ -12,7 +12,8 @@ import time
 
 import pytest
 
-from whimbrel import ChannelError, Role, TransportContext
+from whimbrel import BlockedError, ChannelError, Kernel, Machine, Role, TransportContext
+from whimbrel_fd.plugin import preflight
 from whimbrel_fd.transport import FdTransport
 from whimbrel_testing.transport_suite import Task, nothing_left_behind, read_exactly
 
@@ -72,11 +73,23 @@ def test_an_unknown_name():
     with pytest.raises(ChannelError) as caught:
         source("mig", b=1, a=2)
     assert str(caught.value) == (
-        "no descriptor is registered as 'mig' (registered: a, b). Register it first, by"
+        "File descriptor named 'mig' has not been found (registered: a, b). Register it first, by"
         " kernel.register_fd('mig', FD) or getfd, or give a number"
     )
     with pytest.raises(ChannelError, match=re.escape("(registered: none)")):
         source("mig")
+
+
+def test_a_migration_to_an_unknown_name_is_refused_before_it_begins():
+    kernel = Kernel(Machine("m"))
+    with pytest.raises(
+        BlockedError, match=re.escape("'mig' has not been found (registered: none)")
+    ):
+        kernel.migrate("fd:mig")
+    assert kernel.state.status == "none"
+    kernel.register_fd("mig", 2)
+    for known in ("fd:mig", "fd:mig,direct=on", "fd:7", "tcp:mig", "nonsense"):
+        assert preflight(kernel, known) == []
 
 
 def test_a_number_that_is_not_open():

@@ -16,6 +16,7 @@ import attrs
 
 from whimbrel import Channel, ChannelError, Listener, Role, Transport, TransportContext, UriError
 from whimbrel.descriptors import DescriptorChannel, ReadyListener, SocketListener, socket_uri
+from whimbrel_fd.plugin import not_found
 
 _HINT = (
     "Write fd:NUMBER or fd:NAME, and behind it ,direct=on where the peer itself holds the other end"
@@ -82,9 +83,8 @@ def _find(address: FdAddress, ctx: TransportContext) -> int:
     fd = ctx.named_fds.get(address.name)
     if fd is None:
         if not address.name.isdigit():
-            known = ", ".join(sorted(ctx.named_fds)) or "none"
             raise ChannelError(
-                f"no descriptor is registered as '{address.name}' (registered: {known})",
+                not_found(address.name, ctx.named_fds),
                 hint=f"Register it first, by kernel.register_fd('{address.name}', FD) or getfd, or give a number",
             )
         fd = int(address.name)

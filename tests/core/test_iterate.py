@@ -2,7 +2,7 @@
 
 import pytest
 
-from whimbrel import OutStream, Plugins
+from whimbrel import OutStream, Plugins, RunState
 from whimbrel.channel import MemoryChannel
 from whimbrel.outgoing import Outgoing
 
@@ -80,6 +80,36 @@ def test_mbps_is_minus_1_before_the_first_window(run):
 
 
 # ---- the whole loop
+
+
+@pytest.mark.parametrize("left", [0, 99, 100])
+def test_a_machine_that_stands_still_is_not_looked_at(run, left):
+    run._figures.threshold = 100
+    run._figures.mbps = 1.0
+    assert run._must_look(left) is (left < 100)
+    run._machine.run_state = RunState.PAUSED
+    assert not run._must_look(left)
+
+
+@pytest.mark.parametrize(
+    ("whole", "passes", "limit", "looks"),
+    [
+        (2_990_000, 1, 300, False),  # 1 MB went in 0.1 s: everything once more takes 0.299 s
+        (3_010_000, 1, 300, True),
+        (1_000_000, 1, 99, True),
+        (1_000_000, 2, 300, True),  # what was found by a look may be found again
+    ],
+)
+def test_a_pass_that_may_be_repeated_within_the_limit_needs_no_look(
+    run, whole, passes, limit, looks
+):
+    run.kernel.settings["downtime-limit"] = limit
+    run._whole, run._figures.passes = whole, passes
+    run._out.write(bytes(1_000_000))
+    run.clock += 0.1
+    assert run._must_look(0) is looks
+    run._close_window()
+    assert run._must_look(0)
 
 
 def peer(world):

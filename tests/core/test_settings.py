@@ -105,7 +105,7 @@ def test_odd_texts_are_value_errors(text):
         ("cache", 4097, "power of two"),
         ("method", "lzma", "does not accept value 'lzma'.*none, zlib"),
         ("xbzrle", "maybe", "expects on or off"),
-        ("max-bandwidth", -1, "between 0"),
+        ("max-bandwidth", -1, "between 0 and 18446744073709551615 bytes/s"),
         ("max-bandwidth", "fast", "not a size such as"),
         ("downtime-limit", 2_000_001, "between 0 and 2000000 ms"),
         ("no-such", 1, "there is no setting 'no-such'.*There are: "),

@@ -184,8 +184,7 @@ class Outgoing(Run):
     def _pending(self) -> Pending:
         """What is left; looked at closely once the estimate falls below the threshold."""
         pending = self._driver.pending(exact=False)
-        unseen = pending.precopy >= self._figures.threshold if pending.precopy else self._may_stop
-        if not unseen:
+        if self._must_look(pending.precopy):
             began = time.monotonic()
             pending = self._driver.pending(exact=True)
             self._scan_time = time.monotonic() - began
@@ -193,17 +192,20 @@ class Outgoing(Run):
         self._dirty_rate = pending.dirty_bytes_per_s
         return pending
 
-    @property
-    def _may_stop(self) -> bool:
-        """All is sent, and what was written meanwhile can wait for the last pass without a look: nothing was, or the
-        first pass went so fast that everything once more, zero pages in full, keeps the downtime limit.
-        """
+    def _must_look(self, left: int) -> bool:
+        """Nearly all is sent, and what was written meanwhile counts."""
         if not self._machine.is_running:
-            return True
-        out, figures = self._out, self._figures
+            return False  # nothing is written, and no downtime begins
+        figures = self._figures
+        if left:
+            return left < figures.threshold
+        # Not when the first pass went so fast that everything once more, zero pages in full, keeps the downtime limit.
+        out = self._out
         within = max(0.0, self._downtime_limit - 2 * self._round_trip)
         in_first_window = figures.passes == 1 and figures.mbps < 0
-        return in_first_window and self._whole * out.window_elapsed <= out.window_bytes * within
+        return not (
+            in_first_window and self._whole * out.window_elapsed <= out.window_bytes * within
+        )
 
     def _pass(self) -> None:
         self._figures.passes += 1

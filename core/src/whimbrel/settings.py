@@ -184,6 +184,11 @@ def convert(setting: Setting, value: Any) -> Any:
         raise SettingError(f"Parameter '{setting.name}' {error}") from None
 
 
+def _plain(number: float) -> str:
+    """Whole numbers digit by digit: a float has 53 bits of them."""
+    return f"{number:.0f}" if isinstance(number, float) else str(number)
+
+
 def _convert(parameter: Parameter, value: Any) -> Any:
     kind = parameter.type
     if kind is Type.BOOL:
@@ -212,7 +217,7 @@ def _convert(parameter: Parameter, value: Any) -> Any:
     high = math.inf if parameter.maximum is None else parameter.maximum
     if not low <= value <= high:
         raise ValueError(
-            f"expects a value between {low:.0f} and {high:.0f}"
+            f"expects a value between {_plain(low)} and {_plain(high)}"
             + (f" {parameter.unit}" if parameter.unit else "")
         )
     if parameter.power_of_two and value & (value - 1):

@@ -38,7 +38,7 @@ def parse_uri(text: str, filters: Container[str] = ()) -> Uri:
     scheme, colon, address = rest.partition(":")
     if not colon or not scheme:
         raise UriError(
-            f"'{text}' is not a migration URI: no scheme",
+            f"unknown migration protocol: '{text}' has no scheme",
             hint="Write for instance tcp:HOST:PORT or unix:PATH",
         )
     return Uri(scheme, address, tuple(found))

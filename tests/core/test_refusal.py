@@ -79,6 +79,27 @@ def test_not_before_the_clean_up_has_ended(world, side):
     assert "cleaned up" in refused[0]
 
 
+def test_who_sees_that_one_is_over_may_begin_the_next(world, side):
+    seen, cleaned = threading.Event(), threading.Event()
+
+    class Slow(Number):
+        def cleanup(self, outcome):
+            seen.set()
+            assert waiting.wait(5)
+            cleaned.set()
+
+    waiting = threading.Event()
+    side.machine.register(Slow("slow"))
+    ScriptedDestination(world.transport.peer(), on_ping=answer_pong, on_eof=answer_shut(0))
+    side.kernel.migrate("pair:")
+    assert seen.wait(5)
+    side.kernel.cont()
+    threading.Timer(0.01, waiting.set).start()
+    with pytest.raises(UriError, match="nonsense"):
+        side.kernel.migrate("nonsense:")
+    assert cleaned.is_set()
+
+
 def test_an_unknown_scheme_says_what_to_install(side):
     errors = []
     side.kernel.notifiers.add(lambda n: n.what is What.ERROR and errors.append(n.state.error))

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("whimbrel.kernel")
 R = TypeVar("R", bound=Run)
+#: Seconds that a new migration waits for the clean-up of the one before.
+_PATIENCE = 1.0
 
 
 class Kernel:
@@ -73,6 +75,7 @@ class Kernel:
         self.notifiers = Notifiers()
         self.named_fds: dict[str, int] = {}
         self._lock = threading.RLock()
+        self._run_ended = threading.Condition(self._lock)
         self._run: Run | None = None  # until its clean-up has ended
         self._last_run: Run | None = None
         self._unresolved: Outgoing | None = None
@@ -108,6 +111,7 @@ class Kernel:
         scheme), before anything has started. What fails later is the handle's to tell.
         """
         with self._lock:
+            self._let_clean_up_end()
             handlers = self._check_may_migrate(uri)
             return self._begin(
                 lambda: Outgoing(self, self.route(uri), handlers),
@@ -185,6 +189,7 @@ class Kernel:
         incoming() may follow.
         """
         with self._lock:
+            self._let_clean_up_end()
             if isinstance(self._run, Incoming):
                 raise StateError(
                     "the incoming migration has already been started", hint="Wait for its end"
@@ -240,6 +245,17 @@ class Kernel:
             if isinstance(run, Outgoing) and self.state.outcome is Outcome.UNKNOWN:
                 self._unresolved = run
             self._run = None
+            self._run_ended.notify_all()
+
+    def _let_clean_up_end(self) -> None:
+        """A migration whose status is final is over, for whoever sees that: the next may begin. Not waited for on the
+        thread of that run, which a notifier or handler is called on.
+        """
+        run = self._run
+        if run is not None and run._thread is not threading.current_thread():
+            self._run_ended.wait_for(
+                lambda: self._run is None or not self.state.has_finished, _PATIENCE
+            )
 
     def cancel(self) -> None:
         """Cancel what runs, if anything does. Raises StateError after the point of no return."""
@@ -315,10 +331,10 @@ class Kernel:
         """Settle an outcome that is unknown: the machine runs here, or it has gone.
 
         Only after making sure: run_here=True while the destination runs makes two running machines.
-        Raises StateError when nothing is unknown, MachineError when it does not start or when the machine's fence says
+        Raises StateError when nothing is unknown or somebody else is stopping or starting the machine, MachineError when it does not start or when the machine's fence says
         that the other side has it.
         """
-        with self._lock:
+        with self._lock, self._turn():
             run = self._unresolved
             if run is None:
                 raise StateError("there is no migration of unknown outcome")

@@ -45,7 +45,7 @@ class _Types:
     def name(self, kind: kinds.Kind) -> str:
         if isinstance(kind, kinds.Object):
             members = [self._member(member) for member in kind.members]
-            return self._add(repr(members), {"meta-type": "object", "members": members})
+            return self._add({"meta-type": "object", "members": members})
         if isinstance(kind, kinds.Union):
             union = {
                 "meta-type": "object",
@@ -53,26 +53,25 @@ class _Types:
                 "tag": kind.tag,
                 "variants": [{"case": c, "type": self.name(k)} for c, k in kind.cases.items()],
             }
-            return self._add(repr(union), union)
+            return self._add(union)
         if isinstance(kind, kinds.Array):
             of = self.name(kind.of)
-            return self._add(f"[{of}]", {"meta-type": "array", "element-type": of}, f"[{of}]")
+            return self._add({"meta-type": "array", "element-type": of}, f"[{of}]")
         if isinstance(kind, kinds.Choice):
             words = list(kind.words)
             members = [{"name": word} for word in words]
-            return self._add(
-                repr(words), {"meta-type": "enum", "members": members, "values": words}
-            )
+            return self._add({"meta-type": "enum", "members": members, "values": words})
         # The schema knows no ranges.
         plain = kind if isinstance(kind, kinds.Builtin) else kinds.INT
         builtin = {"meta-type": "builtin", "json-type": plain.json_type}
-        return self._add(plain.name, builtin, plain.name)
+        return self._add(builtin, plain.name)
 
     def _member(self, member: kinds.Member) -> dict[str, Any]:
         optional = {} if member.required else {"default": None}
         return {"name": member.name, "type": self.name(member.kind), **optional}
 
-    def _add(self, key: str, entry: dict[str, Any], name: str | None = None) -> str:
+    def _add(self, entry: dict[str, Any], name: str | None = None) -> str:
+        key = name or repr(entry)
         if key not in self._names:
             self._names[key] = name or str(len(self._names))
             self.entries.append({"name": self._names[key], **entry})

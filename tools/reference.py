@@ -268,6 +268,26 @@ def monitor_page(plugins: Plugins) -> str:
                         "the destination may run the machine already",
                     ),
                     (
+                        "`pre-switchover`",
+                        "ends in `failed` when the destination gives up",
+                        "QEMU notices when it is continued; the machine stands still meanwhile",
+                    ),
+                    (
+                        "`stop` during a switchover",
+                        "is remembered: the machine runs on neither side afterwards",
+                        "QEMU forgets it",
+                    ),
+                    (
+                        "a failure after the machine was stopped",
+                        "RESUME, then `failed`",
+                        "with `failed` the machine is back already; QEMU lets it run behind that, but before `cancelled`",
+                    ),
+                    (
+                        "`cont` after a migration",
+                        "asks the fence, where the machine has one; refused while it is unknown who has the machine",
+                        "never twice",
+                    ),
+                    (
                         "`migrate` when blocked",
                         "all reasons, separated by `; `",
                         "QEMU names one",

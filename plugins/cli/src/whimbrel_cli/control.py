@@ -27,12 +27,19 @@ _ENDED = ("completed", "failed", "cancelled")
 @click.pass_context
 def status(ctx: click.Context, as_json: bool) -> None:
     """Show the run state of the machine and its migration, the present one or the last."""
+    from whimbrel_cli.bridging import record
+
     with remote.connected(ctx) as monitor:
         run_state, migration = monitor.run_state(), monitor.migration()
+        bridge = record.read(monitor.address)
     if as_json:
-        remote.tell_json({"run-state": run_state, "migration": migration})
+        more = {} if bridge is None else {"bridge": bridge}
+        remote.tell_json({"run-state": run_state, "migration": migration, **more})
         return
-    for name, value in describe(run_state, migration):
+    rows = describe(run_state, migration)
+    if bridge is not None:
+        rows.append(("bridge", printable(record.described(bridge))))
+    for name, value in rows:
         remote.say(f"{name:<18} {value}", indent=19)
 
 
@@ -112,12 +119,18 @@ def blockers(ctx: click.Context, as_json: bool) -> None:
 @remote.json_option
 @click.pass_context
 def cancel(ctx: click.Context, timeout: float, as_json: bool) -> None:
-    """Cancel the migration that runs, and wait until it has ended. The machine runs on where it is.
+    """Cancel the migration that runs, and wait until it has ended. The machine runs on where it is. A plugin that
+    listens for the machine (migctl incoming) stops listening.
 
     The exit status is 1 where there is none to cancel, or where it has ended before.
     """
+    from whimbrel_cli.bridging import record
+
     with remote.connected(ctx) as monitor:
-        ended = cancel_and_wait(monitor, timeout)
+        if record.stop_listening(monitor.address):
+            ended = "cancelled"
+        else:
+            ended = cancel_and_wait(monitor, timeout)
         run_state = monitor.run_state()
     if ended != "cancelled":
         what = "no migration has" if ended == "not begun" else "the last migration is"
@@ -197,7 +210,8 @@ Example: the link was lost at the very end, and the destination is dead.
 def resolve(ctx: click.Context, here: str | None, yes: bool, as_json: bool) -> None:
     """Settle an outcome that is unknown. Look first: with --run-here while the destination runs, there are two of it.
 
-    An app of whimbrel is told by its own command. A QEMU that is in postmigrate is let run (cont).
+    An app of whimbrel is told by its own command. A QEMU in postmigrate is let run (cont), and of one that waits for a
+    destination's last word the migration is cancelled.
     """
     if here is None:
         raise click.UsageError("say who has the machine: --run-here or --gone", ctx)
@@ -208,12 +222,24 @@ def resolve(ctx: click.Context, here: str | None, yes: bool, as_json: bool) -> N
             )
         if monitor.has("x-whimbrel-resolve"):
             monitor.execute("x-whimbrel-resolve", {"run-here": here == "here"})
-        elif (run_state := monitor.run_state()) != "postmigrate":
+        elif (run_state := monitor.run_state()) == "finish-migrate":
+            _settle_waiting(monitor, here)
+        elif run_state != "postmigrate":
             raise LocalError(f"there is nothing to settle: the machine is {run_state}", hint="")
         elif here == "here":
             monitor.execute("cont")
         run_state = monitor.run_state()
     remote.tell_done(f"the machine is {run_state}", as_json, **{"run-state": run_state})
+
+
+def _settle_waiting(monitor: Monitor, here: str) -> None:
+    """A QEMU that stands still at the end of its migration, and waits for a word that nobody can give any more."""
+    if here != "here":
+        raise LocalError(
+            "the machine waits for a word of its destination",
+            hint="If the destination has the machine, end this QEMU: it never runs again by itself",
+        )
+    cancel_and_wait(monitor)
 
 
 def raise_unless_completed(migration: dict[str, Any], where: str) -> None:

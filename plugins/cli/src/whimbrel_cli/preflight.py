@@ -65,26 +65,39 @@ def _of_source(source: Monitor) -> Iterator[str]:
 
 
 def _of_uri(source: Monitor, uri: str, plugins: Plugins, force_bridge: bool) -> Iterator[str]:
-    bridged = force_bridge
     try:
-        bridged = bridged or not uris.spoken_by(source, uri)
-        if bridged:
-            from whimbrel.route import Route
-
-            Route.resolve(plugins, uri)
+        bridged = force_bridge or not uris.spoken_by(source, uri)
     except MigrationError as error:
         yield str(error)
         return
-    if bridged and uris.is_tcp(source.address):
+    if bridged:
+        yield from against_bridge(source, uri, plugins)
+    elif uri.startswith(("fd:", "exec:")):
+        yield from _several_channels(source, uri)
+
+
+def against_bridge(monitor: Monitor, uri: str, plugins: Plugins) -> Iterator[str]:
+    """Why a channel that a plugin opens at uri could not be handed to that machine."""
+    from whimbrel.route import Route
+
+    try:
+        Route.resolve(plugins, uri)
+    except MigrationError as error:
+        yield str(error)
+        return
+    if uris.is_tcp(monitor.address):
         yield (
-            f"{uri.partition(':')[0]}: reaches the source by a descriptor, which only a monitor at a UNIX socket takes;"
-            f" {source.address} is none"
+            f"{uri.partition(':')[0]}: reaches the machine by a descriptor, which only a monitor at a UNIX socket takes;"
+            f" {monitor.address} is none"
         )
-    capabilities = _ask(source, source.capabilities) or {}
-    if bridged or uri.startswith(("fd:", "exec:")):
-        for name in _SEVERAL_CHANNELS:
-            if capabilities.get(name):
-                yield f"the capability {name} needs further connections, and {uri} has one: switch it off on both sides"
+    yield from _several_channels(monitor, uri)
+
+
+def _several_channels(monitor: Monitor, uri: str) -> Iterator[str]:
+    capabilities = _ask(monitor, monitor.capabilities) or {}
+    for name in _SEVERAL_CHANNELS:
+        if capabilities.get(name):
+            yield f"the capability {name} needs further connections, and {uri} has one: switch it off on both sides"
 
 
 def _between(source: Monitor, destination: Monitor) -> Iterator[str]:

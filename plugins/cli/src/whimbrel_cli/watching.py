@@ -65,25 +65,35 @@ def _interrupts() -> Iterator[threading.Event]:
 
 
 def follow(
-    monitor: Monitor, display: Display, limits: Limits, begin: Callable[[], object]
+    monitor: Monitor,
+    display: Display,
+    limits: Limits,
+    begin: Callable[[], object],
+    between: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Begin a migration, show it until it ended, and return query-migrate's last answer.
+    """Begin a migration, show it until it ended, and return query-migrate's last answer. between() is called between two
+    looks at it.
 
     An interrupt waits until it has begun: none goes on unseen.
-    Raises what begin() raises, NotConverging, OutcomeUnknown (the monitor is gone), Detached.
+    Raises what begin() and between() raise, NotConverging, OutcomeUnknown (the monitor is gone), Detached.
     """
     with _interrupts() as interrupted:
-        following = _Following(monitor, display, limits, interrupted)
+        following = _Following(monitor, display, limits, interrupted, between)
         begin()
         return following.run()
 
 
 class _Following:
     def __init__(
-        self, monitor: Monitor, display: Display, limits: Limits, interrupted: threading.Event
+        self,
+        monitor: Monitor,
+        display: Display,
+        limits: Limits,
+        interrupted: threading.Event,
+        between: Callable[[], None],
     ) -> None:
         self._monitor, self._display, self._limits = monitor, display, limits
-        self._interrupted = interrupted
+        self._interrupted, self._between = interrupted, between
         self._estimator = Estimator(monitor.parameters().get("downtime-limit", 300) / 1000)
         self._began = time.monotonic()
         self._timed_out = False
@@ -99,6 +109,7 @@ class _Following:
                 self._display.show(reading)
                 if status in ENDED:
                     return migration
+                self._between()
                 self._obey_limits(reading)
                 if self._interrupted.wait(_POLL):
                     self._interrupted.clear()

@@ -240,6 +240,8 @@ def _settle_waiting(monitor: Monitor, here: str) -> None:
             hint="If the destination has the machine, end this QEMU: it never runs again by itself",
         )
     cancel_and_wait(monitor)
+    if monitor.run_state() == "postmigrate":  # QEMU 7.2, of a machine that was paused
+        monitor.execute("cont")
 
 
 def raise_unless_completed(migration: dict[str, Any], where: str) -> None:

@@ -2,6 +2,7 @@
 
     client.py    in migctl: starts the process, hands what it opened to the source, answers what it asks
     process.py   a process of its own, which migctl's end does not touch: opens the channel, hands it to a destination
+    words.py     what the two say to each other
     pump.py      in that process: bytes both ways, where the channel is no plain socket; who may run the machine
     record.py    what became of it, for `migctl status`
 

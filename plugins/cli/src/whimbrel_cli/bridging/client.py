@@ -18,8 +18,7 @@ import attrs
 from whimbrel.channel import Role
 from whimbrel.errors import ChannelError, LocalError, MigrationError, OutcomeUnknown
 from whimbrel_cli.bridging import record
-from whimbrel_cli.bridging.process import CHANNEL, KEPT, MESSAGE_MAX, Job
-from whimbrel_cli.bridging.pump import Result, Standing, State
+from whimbrel_cli.bridging.words import CHANNEL, KEPT, MESSAGE_MAX, Job, Result, Standing, State
 from whimbrel_cli.monitor import Refused
 
 if TYPE_CHECKING:
@@ -65,7 +64,7 @@ class Bridge:
         self._accepted = False
         self._fds: list[int] = []
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, record.log_path(monitor).open("wb") as errors:
+        with theirs, record.log_path(monitor).open("ab") as errors:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "whimbrel_cli.bridging.process", str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import queue
+import select
 import signal
 import socket
 import stat
@@ -28,37 +29,18 @@ from whimbrel.channel import Channel, Role
 from whimbrel.errors import Cancelled, DeadlineExceeded, MigrationError, StateError
 from whimbrel.kernel import Kernel
 from whimbrel.plugins import Plugins
+from whimbrel.waiting import wait_fd
 from whimbrel.wire.format import MAGIC
-from whimbrel_cli.bridging.pump import DestinationPump, Pump, Result, SourcePump, Standing, State
+from whimbrel_cli.bridging.pump import DestinationPump, Pump, SourcePump
 from whimbrel_cli.bridging.record import Record
+from whimbrel_cli.bridging.words import CHANNEL, KEPT, MESSAGE_MAX, Job, Result, Standing, State
 from whimbrel_cli.monitor import Gone, Monitor, Refused
 
-#: The names of the descriptors in the machine.
-CHANNEL, KEPT = "migctl", "migctl-kept"
-#: No message is longer.
-MESSAGE_MAX = 1 << 16
 #: Seconds that a new connection has to begin a migration.
 _FIRST_BYTES = 10.0
 _POLL = 0.2
 
 log = logging.getLogger("whimbrel.cli.bridge")
-
-
-@attrs.frozen(kw_only=True)
-class Job:
-    """What the process is there for; goes to it as JSON."""
-
-    role: str
-    uri: str
-    monitor: str
-    disabled: list[str]
-    prefer: dict[str, str]
-    #: Pump, also where the machine could have the descriptor.
-    pump: bool
-    #: Seconds until there must be a connection.
-    timeout: float | None
-    #: The destination is to outlive a migration that fails.
-    survive: bool
 
 
 class Control:
@@ -68,9 +50,9 @@ class Control:
         self._sock = sock
         self._replies: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._begun = threading.Event()
-        self._over = threading.Event()  # begun, or cancelled
-        self.cancelled = False
+        self._begun = False
+        self._begun_fd = os.eventfd(0, os.EFD_CLOEXEC)  # readable once it has begun
+        self._cancelled = False
         self.gone = False
         #: Readable once migctl is gone, or has given up, before the migration began.
         self.cancel_fd = os.eventfd(0, os.EFD_CLOEXEC)
@@ -91,30 +73,28 @@ class Control:
         self.gone = True
         self._replies.put(None)
         with self._lock:
-            if not self._begun.is_set():
+            if not self._begun:
                 self.cancel()
 
     def begin(self) -> None:
         """From here on we do without migctl."""
         with self._lock:
-            self._begun.set()
-            self._over.set()
+            self._begun = True
+            os.eventfd_write(self._begun_fd, 1)
 
     def cancel(self) -> None:
-        """Also for the handler of a signal."""
-        self.cancelled = True
+        """Also for the handler of a signal: it takes no lock."""
+        self._cancelled = True
         os.eventfd_write(self.cancel_fd, 1)
-        self._over.set()
 
     def check(self) -> None:
         """Raises Cancelled."""
-        if self.cancelled:
+        if self._cancelled:
             raise Cancelled("given up before the migration began")
 
     def wait_begun(self) -> None:
         """Raises Cancelled."""
-        self._over.wait()
-        self.check()
+        wait_fd(self._begun_fd, select.POLLIN, cancel_fd=self.cancel_fd, what="the migration")
 
     def tell(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         """Nobody need be there."""
@@ -136,6 +116,7 @@ class Bridge:
     def __init__(self, control: Control, job: Job) -> None:
         self._control, self._job = control, job
         self._record = Record(job.monitor, uri=job.uri, role=job.role)
+        os.ftruncate(sys.stderr.fileno(), 0)  # the log of the one before
         self._role = Role(job.role)
         self._pump: Pump | None = None
         plugins = Plugins.load(disabled=job.disabled, prefer=job.prefer)
@@ -212,7 +193,7 @@ class Bridge:
             )
         self._await_begin(channel)
         pump = SourcePump(ours, channel, ask=self._ask, on_unknown=self._tell_unknown)
-        return self._run_pump(pump, channel)
+        return self._run_pump(pump)
 
     def _await_begin(self, channel: Channel) -> None:
         try:
@@ -258,7 +239,7 @@ class Bridge:
         with theirs:
             self._hand_over(channel, theirs.fileno())
         self._control.tell({"event": "open", "form": "pump"})
-        return self._run_pump(DestinationPump(ours, channel), channel)
+        return self._run_pump(DestinationPump(ours, channel))
 
     def _accept(self, listener: Any) -> Channel:
         """The first connection over which a migration begins: another must not use up the destination."""
@@ -330,13 +311,12 @@ class Bridge:
         self._record.remove()
         os._exit(0)
 
-    def _run_pump(self, pump: Pump, channel: Channel) -> Result:
+    def _run_pump(self, pump: Pump) -> Result:
         self._pump = pump
         self._note(State.PUMPING)
-        try:
-            return pump.run()
-        finally:
-            channel.close()
+        result = pump.run()
+        pump.close()  # only now: what is raised by mistake must not end a connection
+        return result
 
 
 def main() -> None:

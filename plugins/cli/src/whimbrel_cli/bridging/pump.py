@@ -8,13 +8,12 @@ has decided. Whether it may have been started is known without looking into the 
 starts, is written by a machine that stands still. As long as the source says, after the last byte that was passed on,
 that its machine has not been stopped, there was no EOF among them.
 
-The machine holds a copy of the pump's end as well, under a name (client.KEPT). So a pump that is killed ends nothing either.
+The machine holds a copy of the pump's end as well, under a name (words.KEPT). So a pump that is killed ends nothing either.
 """
 
 from __future__ import annotations
 
 import contextlib
-import enum
 import logging
 import queue
 import select
@@ -30,6 +29,7 @@ from whimbrel.channel import Channel
 from whimbrel.errors import ChannelError, EndOfStream, MigrationError
 from whimbrel.wire.format import MAX_RP_DATA, PONG_RELAY, Answer
 from whimbrel.wire.return_path import encode_pong
+from whimbrel_cli.bridging.words import Result, Standing, State
 from whimbrel_cli.progress import ENDED
 
 _BUFFER = 1 << 20
@@ -38,53 +38,7 @@ _LAST_WORDS = 1.0
 #: Seconds for the orderly end of the channel, and for the machine to say how it ended.
 _FINISH = 30.0
 _POLL = 0.1
-#: Run states in which a source has not written the end of its stream.
-_NOT_STOPPED = frozenset(
-    {
-        "running",
-        "paused",
-        "prelaunch",
-        "suspended",
-        "io-error",
-        "internal-error",
-        "guest-panicked",
-        "watchdog",
-        "debug",
-        "shutdown",
-    }
-)
-
 log = logging.getLogger("whimbrel.cli.pump")
-
-
-class State(enum.StrEnum):
-    """How it stands, or ended."""
-
-    CONNECTING = "connecting"
-    LISTENING = "listening"
-    PUMPING = "pumping"
-    DONE = "done"
-    FAILED = "failed"
-    UNKNOWN = "unknown"
-
-
-@attrs.frozen
-class Result:
-    state: State
-    error: str | None = None
-
-
-@attrs.frozen
-class Standing:
-    """What the source says of itself."""
-
-    run_state: str
-    status: str  # of its migration
-
-    @property
-    def may_see_the_end(self) -> bool:
-        """An end of the connection makes no second machine. In postcopy it makes the source wait for a new one."""
-        return self.run_state in _NOT_STOPPED or self.status.startswith("postcopy")
 
 
 class Answers:
@@ -129,6 +83,7 @@ class Pump:
         self._sock, self._channel = sock, channel
         self._answers = Answers()
         self._events: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
         #: Bytes that the channel took, and gave.
         self.sent = 0
         self.received = 0
@@ -142,7 +97,17 @@ class Pump:
 
     def _start(self, *loops: Callable[[], None]) -> None:
         for loop in loops:
-            threading.Thread(target=loop, name=f"pump {loop.__name__}", daemon=True).start()
+            thread = threading.Thread(target=loop, name=f"pump {loop.__name__}", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def close(self) -> None:
+        """After run() has returned: both ends."""
+        self._shutdown(socket.SHUT_RDWR)
+        self._channel.close()
+        for thread in self._threads:
+            thread.join(_LAST_WORDS)
+        self._sock.close()
 
     def _shutdown(self, how: int) -> None:
         with contextlib.suppress(OSError):

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from whimbrel.errors import LocalError, StateError
-from whimbrel_cli.bridging.pump import State
+from whimbrel_cli import units
+from whimbrel_cli.bridging.words import State
 from whimbrel_cli.monitor import parse_address
 
 #: A process stands behind these, unless it was killed.
@@ -77,7 +78,7 @@ class Record:
         return False
 
     def write(self, **members: Any) -> None:
-        self._members |= members
+        self._members |= {"since": time.time(), **members}
         partial = self._path.with_suffix(".new")
         partial.write_text(json.dumps(self._members))
         partial.replace(self._path)
@@ -108,11 +109,12 @@ def described(record: dict[str, Any]) -> str:
     state, uri, pid = record.get("state"), record.get("uri"), record.get("process")
     if state in LIVE and not record["alive"]:
         return f"its process {pid} is gone in the midst of {uri}"
-    text = f"{state}, {uri}"
+    ago = units.time(max(0.0, time.time() - record.get("since", 0.0)))
+    text = f"{state} for {ago}: {uri}" if record["alive"] else f"{state} {ago} ago: {uri}"
     if record["alive"]:
         text += f", process {pid}"
     if error := record.get("error"):
-        text += f": {error}"
+        text += f"; {error}"
     return text
 
 

@@ -25,7 +25,7 @@ _POLL = 0.2  # seconds
     epilog="""\b
 Examples: a QEMU that was started with -incoming defer.
   $ migctl -m unix:/run/dst.qmp incoming tcp:0.0.0.0:4444
-  $ migctl -m unix:/run/dst.qmp incoming myproto:0.0.0.0     # by a transport plugin""",
+  $ migctl -m unix:/run/dst.qmp incoming zstd::tcp:0.0.0.0:4444""",
 )
 @click.argument("uri")
 @click.option(
@@ -68,6 +68,8 @@ def incoming(
     a pump. migctl stays until the migration has ended; Ctrl-C, or a time-out, before somebody has connected leaves
     the machine as it was. From then on, Ctrl-C lets the migration go on by itself.
     """
+    from whimbrel_cli.bridging import record
+
     with remote.connected(ctx) as monitor:
         if monitor.run_state() != "inmigrate":
             raise StateError(
@@ -80,6 +82,7 @@ def incoming(
             arguments: dict[str, Any] = {"uri": uri}
             if survive:
                 arguments["exit-on-error"] = False
+            record.forget(monitor.address)
             monitor.execute("migrate-incoming", arguments)
             listening = _addresses(monitor.migration()) or [uri]
             remote.tell_done(f"listening at {' '.join(listening)}", as_json, addresses=listening)

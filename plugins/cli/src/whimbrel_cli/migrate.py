@@ -27,7 +27,7 @@ _SOON = 1.0
 Examples:
   $ migctl -m unix:/run/src.qmp migrate tcp:host2:4444
   $ migctl -m unix:/run/src.qmp migrate --dry-run -d unix:/run/dst.qmp unix:/run/dst.sock
-  $ migctl -m unix:/run/src.qmp migrate myproto:host2     # by a transport plugin
+  $ migctl -m unix:/run/src.qmp migrate zstd::tcp:host2:4444
   $ migctl -m unix:/run/src.qmp migrate --timeout 30m --on-timeout pause tcp:host2:4444""",
 )
 @click.argument("uri")
@@ -112,7 +112,10 @@ def migrate(
 
 
 def _begin(source: Monitor, uri: str, way: Bridge | None) -> None:
+    from whimbrel_cli.bridging import record
+
     if way is None:
+        record.forget(source.address)
         source.execute("migrate", {"uri": uri})
     else:
         way.migrate(source)

@@ -104,6 +104,12 @@ def read(monitor: str) -> dict[str, Any] | None:
     return members
 
 
+def forget(monitor: str) -> None:
+    """A migration begins that is no bridge's: what was before is of no interest any more."""
+    if (members := read(monitor)) is not None and not members["alive"]:
+        _path(monitor).with_suffix(".json").unlink(missing_ok=True)
+
+
 def described(record: dict[str, Any]) -> str:
     """One line."""
     state, uri, pid = record.get("state"), record.get("uri"), record.get("process")

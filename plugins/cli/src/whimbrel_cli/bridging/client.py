@@ -20,6 +20,7 @@ from whimbrel.errors import ChannelError, LocalError, MigrationError, OutcomeUnk
 from whimbrel_cli.bridging import record
 from whimbrel_cli.bridging.words import CHANNEL, KEPT, MESSAGE_MAX, Job, Result, Standing, State
 from whimbrel_cli.monitor import Refused
+from whimbrel_cli.progress import ENDED
 
 if TYPE_CHECKING:
     from whimbrel_cli.app import Selection
@@ -188,7 +189,14 @@ class Bridge:
         from whimbrel_cli.control import cancel_and_wait
 
         self.result = Result(State.FAILED, "the pump was killed")
-        standing = Standing(run_state=source.run_state(), status=source.migration()["status"])
+        status = source.migration().get("status", "none")
+        if status == "completed" and not source.capabilities().get("return-path"):
+            self.result = Result(
+                State.UNKNOWN, "the pump was killed, maybe before it had passed on all"
+            )
+        if status in ENDED:
+            return
+        standing = Standing(run_state=source.run_state(), status=status)
         if not standing.may_see_the_end:
             raise _unknown("the pump was killed while the machine stood still", self.monitor)
         cancel_and_wait(source)

@@ -132,7 +132,7 @@ def cancel(ctx: click.Context, timeout: float, as_json: bool) -> None:
         else:
             ended = cancel_and_wait(monitor, timeout)
         run_state = monitor.run_state()
-    if ended != "cancelled":
+    if ended not in ("cancelled", "failed"):  # a QEMU that cannot write fails when it is cancelled
         what = "no migration has" if ended == "not begun" else "the last migration is"
         raise LocalError(
             f"there is nothing to cancel: {what} {ended.removeprefix('not ')}", hint=""

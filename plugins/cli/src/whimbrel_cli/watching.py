@@ -97,6 +97,7 @@ class _Following:
         self._estimator = Estimator(monitor.parameters().get("downtime-limit", 300) / 1000)
         self._began = time.monotonic()
         self._timed_out = False
+        self._cancelled = False
         self._told_divergence = False
 
     def run(self) -> dict[str, Any]:
@@ -108,6 +109,10 @@ class _Following:
                 reading = self._estimator.feed(migration, time.monotonic())
                 self._display.show(reading)
                 if status in ENDED:
+                    if (
+                        self._cancelled and status == "failed"
+                    ):  # a QEMU that cannot write fails then
+                        return {**migration, "status": "cancelled"}
                     return migration
                 self._between()
                 self._obey_limits(reading)
@@ -175,5 +180,6 @@ class _Following:
                 signal.signal(signal.SIGINT, before)
         if answer == "c":
             cancel_and_wait(self._monitor)
+            self._cancelled = True
         elif answer == "d":
             raise Detached

@@ -59,7 +59,8 @@ class Control:
 
     def start(self) -> Job:
         job = Job(**json.loads(self._sock.recv(MESSAGE_MAX)))
-        threading.Thread(target=self._read, name="control", daemon=True).start()
+        self._reader = threading.Thread(target=self._read, name="control", daemon=True)
+        self._reader.start()
         return job
 
     def _read(self) -> None:
@@ -101,6 +102,12 @@ class Control:
         beside = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         with contextlib.suppress(OSError):
             self._sock.sendmsg([json.dumps(message).encode()], beside)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+        self._reader.join(1)
+        self._sock.close()
 
     def ask(self) -> dict[str, Any] | None:
         """What migctl answers; None when it is gone."""
@@ -162,6 +169,8 @@ class Bridge:
                 "seconds": seconds,
             }
         )
+        self._record.close()
+        self._control.close()
 
     def _forget_kept(self) -> None:
         """Where migctl is not there to do it, the machine's copy of our end is closed here, if the monitor is free."""

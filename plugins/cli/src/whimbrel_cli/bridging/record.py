@@ -83,6 +83,10 @@ class Record:
         partial.write_text(json.dumps(self._members))
         partial.replace(self._path)
 
+    def close(self) -> None:
+        """Nobody serves that monitor any more."""
+        self._lock.close()
+
     def remove(self) -> None:
         with contextlib.suppress(OSError):
             self._path.unlink()

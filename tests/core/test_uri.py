@@ -36,6 +36,11 @@ def test_no_scheme(text):
         parse_uri(text)
 
 
+def test_a_host_where_the_scheme_should_be(world):
+    with pytest.raises(UriError, match="unknown migration protocol 'host2'.*Write tcp:host2:4444"):
+        world.side().kernel.route("host2:4444")
+
+
 def test_filters_are_wrapped_around_both_ends(world):
     order = []
 

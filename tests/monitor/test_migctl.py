@@ -63,6 +63,18 @@ def test_a_migration(source, destination):
     assert "x-whimbrel" not in migctl(source, "cont", status=1)
 
 
+def test_all_that_an_app_knows_against_it_comes_first(source):
+    source.kernel.blockers.add("the crane is lifting")
+    source.kernel.settings["auto-converge"] = True
+    said = migctl(source, "migrate", "--dry-run", "unix:/tmp/m", status=3)
+    assert "2 reasons" in said
+    assert said.count("the crane is lifting") == 1
+    assert "no throttle()" in said
+    assert "unknown migration protocol 'foo'" in migctl(
+        source, "migrate", "--dry-run", "foo:bar", status=3
+    )
+
+
 def test_cancel_stop_cont(source, destination):
     told = migctl(destination, "incoming", "tcp:127.0.0.1:0")
     migctl(source, "set", "bandwidth", "1MiB/s")

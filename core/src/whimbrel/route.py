@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 
 from whimbrel.channel import Channel, Filter, Listener, Role, Transport, TransportContext
+from whimbrel.errors import UriError
 from whimbrel.uri import Uri, parse_uri
 
 if TYPE_CHECKING:
@@ -26,7 +27,12 @@ class Route:
     def resolve(cls, plugins: Plugins, text: str) -> Route:
         """Raises UriError and PluginError, saying which schemes there are."""
         uri = parse_uri(text, plugins.filter_names)
-        transport = plugins.transport(uri.scheme).create()
+        try:
+            transport = plugins.transport(uri.scheme).create()
+        except UriError as error:
+            if uri.rest.isdigit():
+                error.hint = f"Write tcp:{uri.scheme}:{uri.rest} for port {uri.rest} of the host {uri.scheme}"
+            raise
         filters = tuple(plugins.filter(name) for name in uri.filters)
         return cls(uri, transport, transport.parse(uri.rest), filters)
 

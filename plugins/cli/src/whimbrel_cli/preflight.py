@@ -40,7 +40,7 @@ def reasons(
     force_bridge: bool = False,
 ) -> list[str]:
     """All of them; none: nothing is known against it. Raises Gone."""
-    found = [*_of_source(source), *_of_uri(source, uri, plugins, force_bridge)]
+    found = [*_of_source(source, uri), *_of_uri(source, uri, plugins, force_bridge)]
     found += [
         f"{uri} is the monitor of {monitor.address}, no place to migrate to"
         for monitor in (source, destination)
@@ -51,9 +51,14 @@ def reasons(
     return [printable(reason) for reason in found]
 
 
-def _of_source(source: Monitor) -> Iterator[str]:
+def _of_source(source: Monitor, uri: str) -> Iterator[str]:
     migration = source.migration()
-    yield from migration.get("blocked-reasons", ())
+    if source.has(
+        "x-whimbrel-blockers"
+    ):  # an app knows more than what blocks it: the scheme, what its plugins say
+        yield from source.execute("x-whimbrel-blockers", {"uri": uri})
+    else:
+        yield from migration.get("blocked-reasons", ())
     run_state = source.run_state()
     if run_state == "inmigrate":
         yield "the source waits itself for an incoming migration"

@@ -156,6 +156,8 @@ class Incoming(Run):
                 f"the fence refused generation {generation}: the machine runs elsewhere",
             )
         machine.generation = generation
+        for handler in self.handlers:
+            handler.load_activate()
         machine.activate()
         sent = machine.received_run_state
         with machine.turn:

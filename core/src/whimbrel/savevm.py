@@ -139,6 +139,11 @@ class SaveVMHandler(abc.ABC):
     def load_complete(self) -> None:
         """Everything was read and nothing is missing; the machine starts after this. May raise to refuse."""
 
+    def load_activate(self) -> None:
+        """The source has handed over, and the fence agrees: let the app have what only one side may hold (a disk). Before
+        activate() of the machine; may raise, and the machine stays with the source.
+        """
+
     def load_cleanup(self, outcome: Outcome) -> None:
         """The run is over on the destination."""
 
@@ -149,6 +154,10 @@ class SaveVMHandler(abc.ABC):
 
 class LiveSaveVMHandler(SaveVMHandler):
     """A section that is sent while the machine runs: START, any number of PARTs, END."""
+
+    #: The last iterate() left off early because what it sends is not there yet (a disk is being read): the sections
+    #: behind it are not to wait for that.
+    waiting: bool = False
 
     @abc.abstractmethod
     def setup(self, out: OutStream, params: RunParams) -> None:
@@ -275,7 +284,8 @@ class SaveDriver:
         )
 
     def iterate(self, budget: Budget) -> bool:
-        """One PART of each live section in turn, up to the first that is not done (QEMU's order before 9.0)."""
+        """One PART of each live section in turn, up to the first that has more to send (QEMU's order before 9.0)."""
+        all_done = True
         for section_id, live in self._live():
             done = self._section(
                 ItemType.SECTION_PART,
@@ -283,9 +293,10 @@ class SaveDriver:
                 live,
                 lambda live=live: live.iterate(self.out, budget),  # type: ignore[misc]
             )
-            if not done:
-                return False
-        return True
+            all_done = all_done and done
+            if not done and not live.waiting:
+                break
+        return all_done
 
     def complete(self, mode: Mode) -> None:
         """END of every live section, then every other device that is active now. The machine stands still."""

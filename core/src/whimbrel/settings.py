@@ -121,6 +121,7 @@ PROFILE_2013 = Profile(
         "downtime-limit": 30,
         "xbzrle-cache-size": 64 * MIB,
         "return-path": False,
+        "zero-blocks": False,
     },
     dialect=dialects.by_name("2013"),
     cancelling=False,

@@ -1,0 +1,100 @@
+"""Records of the block section. Sans-I/O.
+
+Format (QEMU, block version 1): each record starts with a big-endian u64, a sector of 512 bytes << 9 | flags.
+    DEVICE_BLOCK                W [u8 n, n bytes name] chunk    1 MiB from that sector on, padded at the end of the device
+    DEVICE_BLOCK | ZERO_BLOCK   W [u8 n, n bytes name]          1 MiB of zeros, without them
+    PROGRESS                    W                               the sector field is a percentage
+    EOS                         W                               the payload of this section item ends
+A chunk may come any number of times; the last one wins.
+"""
+
+from __future__ import annotations
+
+import enum
+import struct
+from collections.abc import Iterable
+
+import attrs
+
+from whimbrel.errors import StreamError
+from whimbrel.wire.items import Reader, counted, read_name
+
+_U64 = struct.Struct(">Q")
+SECTOR_BITS = 9
+SECTOR = 1 << SECTOR_BITS
+#: Bytes of disk in one record, and the unit in which writes are tracked.
+CHUNK = 1 << 20
+
+
+class BlockFlag(enum.IntFlag):
+    """The flags in the low bits of a record's first word."""
+
+    DEVICE_BLOCK = 0x01
+    EOS = 0x02
+    PROGRESS = 0x04
+    ZERO_BLOCK = 0x08
+
+
+EOS_RECORD = _U64.pack(BlockFlag.EOS)
+_FLAGS = SECTOR - 1
+_ZERO_CHUNK = BlockFlag.DEVICE_BLOCK | BlockFlag.ZERO_BLOCK
+
+
+@attrs.frozen
+class Chunk:
+    """Up to 1 MiB of a device, from the byte `offset` on. Unless it is zero, its CHUNK bytes follow the record."""
+
+    device: str
+    offset: int
+    zero: bool = False
+
+
+@attrs.frozen
+class Progress:
+    """How far the source has come with the first copy of all disks."""
+
+    percent: int
+
+
+def encode_device(name: str) -> bytes:
+    """The name as on the wire. Raises ValueError."""
+    if not name or not name.isascii() or not name.isprintable():
+        raise ValueError(
+            f"the name of a disk is 1 to 255 printable ASCII characters, not {name[:40]!r}"
+        )
+    return counted(name)
+
+
+def encode_chunk(device: bytes, offset: int, *, zero: bool = False) -> bytes:
+    """What stands before the bytes of a chunk; device: from encode_device()."""
+    return _U64.pack(offset | (_ZERO_CHUNK if zero else BlockFlag.DEVICE_BLOCK)) + device
+
+
+def encode_zeros(device: bytes, offsets: Iterable[int]) -> bytes:
+    """Records of chunks that are zero."""
+    return b"".join([_U64.pack(offset | _ZERO_CHUNK) + device for offset in offsets])
+
+
+def encode_progress(percent: int) -> bytes:
+    return _U64.pack(percent << SECTOR_BITS | BlockFlag.PROGRESS)
+
+
+def read_record(reader: Reader) -> Chunk | Progress | None:
+    """The next record up to, not including, the bytes of a chunk; None for EOS. Raises StreamError."""
+    at = reader.position
+    word = int(_U64.unpack(reader.read(8))[0])
+    flags = word & _FLAGS
+    if flags in (BlockFlag.DEVICE_BLOCK, _ZERO_CHUNK):
+        name = read_name(reader, "a disk", section="block")
+        return Chunk(name, word & ~_FLAGS, flags == _ZERO_CHUNK)
+    if flags == BlockFlag.PROGRESS:
+        return Progress(min(100, word >> SECTOR_BITS))
+    if word == BlockFlag.EOS:
+        return None
+    raise StreamError(
+        "unknown combination of flags in a disk record",
+        section="block",
+        offset=at,
+        expected="DEVICE_BLOCK 0x01 (with ZERO_BLOCK 0x08 perhaps), EOS 0x02, PROGRESS 0x04",
+        found=f"{word:#x}" if flags == BlockFlag.EOS else f"{flags:#05x}",
+    )

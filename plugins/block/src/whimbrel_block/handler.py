@@ -69,7 +69,6 @@ class BlockHandler(LiveSaveVMHandler):
         self._figures: dict[str, Any] = {}
         # destination
         self._targets: dict[str, Target] = {}
-        self._listed: set[str] = set()
         self._syncer = Syncer()
         self._staging: memoryview | None = None
 
@@ -137,14 +136,13 @@ class BlockHandler(LiveSaveVMHandler):
 
     def load_setup(self, ctx: LoadContext) -> None:
         self._targets = {name: Target(device) for name, device in self._devices.items()}
-        self._listed.clear()
         self._syncer = Syncer()
         if self._staging is None:
             self._staging = memoryview(mmap.mmap(-1, CHUNK))  # begins on a page boundary
 
     def load(self, inp: InStream, header: SectionHeader) -> None:
         assert self._staging is not None
-        announced: list[tuple[Target, int]] = []
+        announced: list[tuple[Target, int]] = []  # written when all of them were checked
         while True:
             at = inp.position
             record = read_record(inp)
@@ -156,15 +154,15 @@ class BlockHandler(LiveSaveVMHandler):
             if record.zero and header.type is ItemType.SECTION_START:
                 if len(announced) == _MAX_ANNOUNCED:
                     raise StreamError("too many records at the start", section="block", offset=at)
+                target.announce(record.offset, at)
                 announced.append((target, record.offset))
                 continue
+            target.check(record.offset, at)
             target.begin()
             if not record.zero:
                 inp.read_into(self._staging)
             self._put(target, record.offset, None if record.zero else self._staging)
-        # Written after all were checked.
         for target, offset in announced:
-            self._listed.add(target.device.name)
             self._put(target, offset, None)
         if header.type is ItemType.SECTION_END:
             self._finish_load()
@@ -180,7 +178,6 @@ class BlockHandler(LiveSaveVMHandler):
                 found=repr(record.device),
                 hint="Give the destination's machine the same disks, or migrate without them",
             )
-        target.check(record.offset, at)
         return target
 
     def _put(self, target: Target, offset: int, data: memoryview | None) -> None:
@@ -188,23 +185,10 @@ class BlockHandler(LiveSaveVMHandler):
 
     def _finish_load(self) -> None:
         """END: all of it is on stable storage before the source is told anything."""
-        begun = [t for t in self._targets.values() if t.begun]
-        for target in begun:
-            target.check_whole()
-        self._syncer.finish([t.device for t in begun])
-
-    def load_complete(self) -> None:
-        missing = [
-            n for n, d in self._devices.items() if n not in self._listed and not d.read_only
-        ]
-        if self._listed and missing:  # QEMU announces none
-            raise StreamError(
-                f"the stream left out disk {', '.join(repr(n) for n in missing)}",
-                section="block",
-                expected=f"all of {', '.join(self._devices)}"[:500],
-                found=", ".join(sorted(self._listed)),
-                hint="The source's machine must have the same disks",
-            )
+        for target in self._targets.values():
+            if not target.device.read_only:
+                target.check_whole()
+        self._syncer.finish([t.device for t in self._targets.values() if t.begun])
 
     def load_activate(self) -> None:
         for target in self._targets.values():

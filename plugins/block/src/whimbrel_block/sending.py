@@ -202,6 +202,7 @@ class Sender:
             chunks = disk.chunks.take_holes(_HOLES if self._short_zeros else 1)
             if chunks:
                 name = disk.device.wire_name
+                # The last chunk is never among them.
                 if self._short_zeros:
                     self._write(disk, out, [encode_zeros(name, (c * CHUNK for c in chunks))])
                 else:

@@ -31,7 +31,7 @@ def guest_args(disk, serial, form="raw"):
     return [
         *("-machine", MACHINE, "-m", "16M"),
         *("-drive", f"if=none,id=drv0,format={form},file={disk}"),
-        *("-device", "ide-hd,drive=drv0"),
+        *("-device", "virtio-blk-pci,drive=drv0"),
         *("-chardev", f"file,id=serial,path={serial}", "-serial", "chardev:serial"),
     ]
 

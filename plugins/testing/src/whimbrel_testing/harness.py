@@ -82,6 +82,7 @@ class App:
             lease=Lease(directory / "lease", role) if options.lease or options.fence else None,
             fence=options.fence,
             run_state=RunState.PRELAUNCH,
+            disk=directory / f"disk-{role}.img",
         )
         self._kernel = Kernel(self._stress.machine, profile=options.profile)
         self._kernel.settings.update(options.settings)
@@ -114,6 +115,7 @@ class App:
             "run_state": str(stress.machine.run_state),
             "generation": stress.machine.generation,
             "writes": stress.writes,
+            "disk_writes": stress.disk_writes,
             "ticks": stress.clock.ticks,
             "lines": stress.serial.lines,
             "felt_downtime": stress.felt_downtime,
@@ -138,8 +140,8 @@ class App:
     def register_fd(self, name: str, fd: int) -> None:
         self._kernel.register_fd(name, fd)
 
-    def migrate(self, uri: str) -> None:
-        self._run = self._kernel.migrate(uri)
+    def migrate(self, uri: str, blk: bool = False, inc: bool = False) -> None:
+        self._run = self._kernel.migrate(uri, blk=blk, inc=inc)
 
     def incoming(self, uri: str, autostart: bool = True) -> dict[str, Any]:
         self._run = self._kernel.incoming(uri, autostart=autostart)

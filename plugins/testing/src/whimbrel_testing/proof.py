@@ -31,6 +31,8 @@ class Proof:
     writes: int
     pages: int
     lines: int
+    #: To the disk, beside those to RAM.
+    disk_writes: int = 0
     faults: tuple[str, ...] = ()
 
     @property
@@ -39,8 +41,9 @@ class Proof:
 
     def __str__(self) -> str:
         if self.holds:
+            disk = f", its disk holds its {self.disk_writes:,} writes," if self.disk_writes else ""
             return (
-                f"{self.pages:,} pages hold exactly their last of {self.writes:,} writes, the hash chain over all of them"
+                f"{self.pages:,} pages hold exactly their last of {self.writes:,} writes,{disk} the hash chain over all of them"
                 f" is whole, and the serial log runs on over {self.lines:,} lines"
             )
         return "\n".join(self.faults)

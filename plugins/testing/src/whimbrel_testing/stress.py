@@ -22,6 +22,7 @@ import numpy as np
 from whimbrel import Machine, RunState
 from whimbrel_device import buffer, device, u64
 from whimbrel_ram import RAMBlock
+from whimbrel_testing.disk import StressDisk
 from whimbrel_testing.lease import Lease
 from whimbrel_testing.proof import (
     Line,
@@ -71,9 +72,16 @@ class StressConfig:
     #: Seconds between two ticks, and ticks between two lines on the serial port.
     tick: float = 0.001
     line_every: int = 10
+    #: Bytes of its disk (0: it has none), of the part of it that writes go to, and written to it per second.
+    disk: int = 0
+    disk_hot: int = 1 * MIB
+    disk_rate: float = 2e6
 
     def __attrs_post_init__(self) -> None:
-        for name, size in (("ram", self.ram), ("small", self.small)):
+        sizes = [("ram", self.ram), ("small", self.small)]
+        if self.disk:
+            sizes += [("disk", self.disk), ("disk_hot", self.disk_hot)]
+        for name, size in sizes:
             if size <= 0 or size % BATCH_BYTES:
                 raise ValueError(f"{name} of {size} bytes is not a multiple of {BATCH_BYTES}")
 
@@ -120,7 +128,7 @@ class Work:
 
 
 class StressMachine:
-    """RAM, four devices, and a thread that works on them. `machine` is what a Kernel takes."""
+    """RAM, four devices, a disk perhaps, and a thread that works on them. `machine` is what a Kernel takes."""
 
     def __init__(
         self,
@@ -130,7 +138,9 @@ class StressMachine:
         lease: Lease | None = None,
         fence: bool = False,
         run_state: RunState = RunState.PRELAUNCH,
+        disk: str | Path | None = None,
     ) -> None:
+        """disk: path of its image, which is made where it is not there; needed when the config has one."""
         self.config = config
         self.lease = lease
         self.log = None if log is None else Path(log)
@@ -152,6 +162,15 @@ class StressMachine:
         self.counter = self.machine.add(Counter())
         self.serial = self.machine.add(Serial(digest=bytes(Chain.SIZE)))
         self.work = self.machine.add(Work(seed=config.seed, chain=bytes(Chain.SIZE)))
+        self.disk: StressDisk | None = None
+        if config.disk:
+            if disk is None:
+                raise ValueError("a machine with a disk needs a path for its image")
+            self.disk = StressDisk(
+                disk, size=config.disk, hot=config.disk_hot, seed=config.seed
+            )
+            self.machine.add(self.disk.device)
+            self.machine.add(self.disk.work)
         #: What ended the work of the machine's thread, if something did.
         self.fault: BaseException | None = None
         self._new: U64 = np.empty((BATCH, WORDS), dtype=np.uint64)
@@ -169,6 +188,8 @@ class StressMachine:
         """Fill the RAM: the first writes, as fast as they go. For the side on which the machine begins."""
         for _ in range(self.sequence.filled // BATCH):
             self._write_batch()
+        if self.disk is not None:
+            self.disk.boot()
 
     def start(self) -> None:
         """The machine runs when this returns. Raises LeaseViolation if another copy runs."""
@@ -207,6 +228,10 @@ class StressMachine:
     def writes(self) -> int:
         return self.work.batches * BATCH
 
+    @property
+    def disk_writes(self) -> int:
+        return 0 if self.disk is None else self.disk.work.batches * BATCH
+
     def _go(self) -> None:
         if self.log is not None:
             flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
@@ -239,7 +264,7 @@ class StressMachine:
         """
         tick = self.config.tick
         before = next_tick = time.monotonic()
-        due = 0.0  # bytes
+        due = disk_due = 0.0  # bytes
         while not self._halt:
             now = time.monotonic()
             if now < next_tick:
@@ -248,6 +273,11 @@ class StressMachine:
             self._tick()
             next_tick = max(next_tick + tick, now - _CREDIT)
             due = min(due + (now - before) * self._rate, max(BATCH_BYTES, _CREDIT * self._rate))
+            if self.disk is not None:
+                disk_due = min(disk_due + (now - before) * self.config.disk_rate, BATCH_BYTES)
+                if disk_due >= BATCH_BYTES:
+                    disk_due = 0.0
+                    self.disk.write_batch()
             before = now
             while due >= BATCH_BYTES and not self._halt:
                 self._write_batch()
@@ -327,9 +357,12 @@ class StressMachine:
             faults += check_log(lines, text, self.serial.digest, self.serial.lines, expected)
         names = [(b.idstr, v) for b, v in zip(self.blocks, self.views, strict=True)]
         faults += check_ram(self.sequence, names, expected)
+        if self.disk is not None:
+            faults += self.disk.faults()
         return Proof(
             writes=self.writes,
             pages=self.sequence.pages,
+            disk_writes=self.disk_writes,
             lines=self.serial.lines,
             faults=told(faults),
         )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from whimbrel_block import CHUNK, BlockDevice, BlockHandler, RawImage
+from whimbrel_block import CHUNK, BlockDevice, BlockHandler
 from whimbrel_testing.savevm_suite import LiveSaveVMHandlerSuite
 
 #: Three chunks, the last one of three sectors: data, a hole, data.

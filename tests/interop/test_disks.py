@@ -110,9 +110,7 @@ def pass_through(qemu, folder, *, source_disk, halfway, target_disk, zero_blocks
     logs = folder / "before.log", folder / "after.log"
     form = source_disk.suffix[1:]
     capabilities = {"return_path": True, "zero_blocks": zero_blocks}
-    source = qemu(
-        *guest_args(source_disk, logs[0], form), version="7.2", capabilities=capabilities
-    )
+    source = qemu(*guest_args(source_disk, logs[0], form), version="7.2", capabilities=capabilities)
     wait_counting(logs[0])
 
     incoming = halfway.receive(f"unix:{folder}/one")

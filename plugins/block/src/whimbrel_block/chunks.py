@@ -57,9 +57,7 @@ class Chunks:
         with self._lock:
             for start in (self._at, 0):
                 found = [
-                    i
-                    for state in (FRESH, DIRTY)
-                    if (i := self._states.find(state, start)) >= 0
+                    i for state in (FRESH, DIRTY) if (i := self._states.find(state, start)) >= 0
                 ]
                 if found:
                     chunk = min(found)

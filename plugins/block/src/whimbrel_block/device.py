@@ -80,7 +80,9 @@ class BlockDevice:
         try:
             self.image.write(view, offset)
         finally:
-            self.mark_dirty(offset, len(view))  # behind the write, and also where it failed half-way
+            self.mark_dirty(
+                offset, len(view)
+            )  # behind the write, and also where it failed half-way
         return len(view)
 
     def discard(self, offset: int, length: int) -> None:
@@ -214,7 +216,9 @@ class BlockDevice:
         """After it: the mark's absence is made durable, or the mark is made to stay."""
         if whole:
             self.activate_load()
-            with contextlib.suppress(OSError):  # the mark may come back after a power cut: refused, never wrong
+            with contextlib.suppress(
+                OSError
+            ):  # the mark may come back after a power cut: refused, never wrong
                 self._sync_folder()
             return
         self._refusal = self._half_written()

@@ -58,9 +58,8 @@ class Base:
         self.image = RawImage(path, read_only=True)
 
     def is_hole(self, offset: int, length: int) -> bool:
-        return (
-            offset >= self.image.size
-            or self.image.next_data(offset) >= min(offset + length, self.image.size)
+        return offset >= self.image.size or self.image.next_data(offset) >= min(
+            offset + length, self.image.size
         )
 
     def read_into(self, view: memoryview, offset: int) -> None:

@@ -54,7 +54,9 @@ class Disk:
 class Sender:
     """All disks of one migration. Belongs to the migration's thread; the figures may be read from any."""
 
-    def __init__(self, devices: Sequence[BlockDevice], *, incremental: bool, zero_blocks: bool) -> None:
+    def __init__(
+        self, devices: Sequence[BlockDevice], *, incremental: bool, zero_blocks: bool
+    ) -> None:
         """Tracking starts. Raises LocalError when a disk or its base cannot be used."""
         self.disks: list[Disk] = []
         #: The last send() left off because a disk is slow.
@@ -115,7 +117,7 @@ class Sender:
 
     def figures(self) -> dict[str, Any]:
         """The members of query-migrate: `disk` is QEMU's MigrationStats, `x-disks` tells the disks apart."""
-        each = [
+        each: list[dict[str, Any]] = [
             {
                 "device": d.device.name,
                 "transferred": d.transferred,
@@ -125,11 +127,24 @@ class Sender:
             for d in self.disks
         ]
         unused = (
-            *("duplicate", "normal", "normal-bytes", "dirty-pages-rate", "mbps", "dirty-sync-count"),
-            *("postcopy-requests", "page-size", "multifd-bytes", "pages-per-second", "precopy-bytes"),
+            *(
+                "duplicate",
+                "normal",
+                "normal-bytes",
+                "dirty-pages-rate",
+                "mbps",
+                "dirty-sync-count",
+            ),
+            *(
+                "postcopy-requests",
+                "page-size",
+                "multifd-bytes",
+                "pages-per-second",
+                "precopy-bytes",
+            ),
             *("downtime-bytes", "postcopy-bytes", "dirty-sync-missed-zero-copy"),
         )
-        sums = {n: sum(int(e[n]) for e in each) for n in ("transferred", "remaining", "total")}
+        sums = {n: sum(e[n] for e in each) for n in ("transferred", "remaining", "total")}
         return {"disk": {**sums, **dict.fromkeys(unused, 0)}, "x-disks": each}
 
     # ---- sending

@@ -166,9 +166,7 @@ class StressMachine:
         if config.disk:
             if disk is None:
                 raise ValueError("a machine with a disk needs a path for its image")
-            self.disk = StressDisk(
-                disk, size=config.disk, hot=config.disk_hot, seed=config.seed
-            )
+            self.disk = StressDisk(disk, size=config.disk, hot=config.disk_hot, seed=config.seed)
             self.machine.add(self.disk.device)
             self.machine.add(self.disk.work)
         #: What ended the work of the machine's thread, if something did.

@@ -410,9 +410,11 @@ def test_a_read_error_names_device_and_offset(filled, empty):
     source.devices[0].pwrite(b"x", 0)
 
 
-def test_an_image_that_was_cut_short_under_it(filled, empty):
+@pytest.mark.parametrize("left", [3 * MIB + 4096, 2 * MIB, SIZE - 512, 0])
+def test_an_image_that_was_cut_short_under_it(filled, empty, left):
+    """Its end is not taken for a hole."""
     source, destination = Side(filled()), Side(empty())
-    os.truncate(source.devices[0].image.path, 3 * MIB + 4096)
+    os.truncate(source.devices[0].image.path, left)
     there, here = move(source, destination, blk=True)
     assert "the image ends at byte" in str(here)
     stays(source, destination)

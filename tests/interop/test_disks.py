@@ -10,10 +10,10 @@ from pathlib import Path
 import attrs
 import pytest
 
-from whimbrel import Kernel, Machine, Plugins, RunState, hookimpl
+from whimbrel import Kernel, Machine, MigrationError, Plugins, RunState, hookimpl
 from whimbrel.wire import dialects
 from whimbrel.wire.format import GlobalStateForm
-from whimbrel_block import BlockDevice
+from whimbrel_block import BlockDevice, QemuImage
 from whimbrel_qemu.ram import AdoptingRam
 from whimbrel_qemu.tail import ForeignTail
 from whimbrel_testing.guest import writer
@@ -208,3 +208,60 @@ def test_an_app_that_keeps_writing_hands_its_disk_to_qemu(qemu, tmp_path, zero_b
     target.kill()
     qemu(*guest_args(target_disk, log), version="7.2")
     wait_counting(log)
+
+
+def test_a_copy_that_qemu_ends_early_is_not_taken_for_whole(qemu, tmp_path):
+    """QEMU 7.2 counts a part of what is left only, and hands over in the middle of a fast copy."""
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(os.urandom(40 * MIB))
+    source = qemu(
+        *guest_args(disk, tmp_path / "log"),
+        "-S",
+        version="7.2",
+        capabilities={"return_path": True},
+    )
+    halfway = Halfway(BlockDevice("drv0", tmp_path / "halfway.img", create=40 * MIB))
+    incoming = halfway.receive(f"unix:{tmp_path}/in")
+    source.qmp("migrate", uri=incoming.addresses[0], blk=True)
+    try:
+        incoming.wait(PATIENCE)
+    except MigrationError as error:
+        assert "the source sent only a part of disk 'drv0'" in str(error)
+        assert "downtime-limit is 1" in str(error)
+        source.wait_migration("failed")
+        source.qmp("cont")
+        source.wait_status("running")
+        assert halfway.device.half_written
+    else:  # it depends on how fast the link seems to be
+        assert content(Path(halfway.device.image.name)) == content(disk)
+
+
+def test_images_of_other_formats(tmp_path):
+    """From one qcow2 to another, through the tool that QEMU has for that."""
+    if shutil.which("qemu-storage-daemon") is None or not Path("/dev/fuse").exists():
+        missing_peer("no qemu-storage-daemon, or no /dev/fuse; .ci/run installs all peers")
+    machines = []
+    for name in ("source", "target"):
+        run("qemu-img", "create", "-f", "qcow2", tmp_path / f"{name}.qcow2", str(64 * MIB))
+        machines.append(Machine("disks-1"))
+        machines[-1].add(BlockDevice("drv0", QemuImage(tmp_path / f"{name}.qcow2")))
+    here, there = (machine.parts(BlockDevice)[0] for machine in machines)
+    try:
+        here.pwrite(os.urandom(2 * MIB), 30 * MIB)
+        here.pwrite(b"discarded", 5 * MIB)
+        here.discard(5 * MIB, MIB)
+        incoming = Kernel(machines[1]).incoming(f"unix:{tmp_path}/in")
+        kernel = Kernel(machines[0])
+        assert kernel.migrate(incoming.addresses[0], blk=True).wait(PATIENCE).acknowledged
+        incoming.wait(PATIENCE)
+        assert kernel.query()["disk"]["transferred"] < 4 * MIB, "holes were sent"
+        assert there.pread(64 * MIB, 0) == here.pread(64 * MIB, 0)
+        with pytest.raises(OSError, match="lock"):
+            QemuImage(tmp_path / "source.qcow2")
+    finally:
+        here.close()
+        there.close()
+    assert content(tmp_path / "target.qcow2") == content(tmp_path / "source.qcow2")
+    assert not (tmp_path / "target.qcow2.incoming").exists()
+    with pytest.raises(OSError, match="does not exist"):
+        QemuImage(tmp_path / "nothing.qcow2")

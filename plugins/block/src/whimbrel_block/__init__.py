@@ -13,6 +13,7 @@ _WHERE = {
     "device": ("BlockDevice",),
     "handler": ("BlockHandler",),
     "image": ("Image", "RawImage"),
+    "qemu_image": ("QemuImage",),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from whimbrel_block.device import BlockDevice as BlockDevice
     from whimbrel_block.handler import BlockHandler as BlockHandler
     from whimbrel_block.image import Image as Image, RawImage as RawImage
+    from whimbrel_block.qemu_image import QemuImage as QemuImage
 
 
 def __getattr__(name: str) -> Any:

@@ -143,8 +143,9 @@ class RawImage(Image):
         try:
             return os.lseek(self._fd, offset, os.SEEK_DATA)
         except OSError as error:
-            # ENXIO: none up to the end. Others: the file system cannot tell.
-            return self.size if error.errno == errno.ENXIO else offset
+            # ENXIO: none up to the end, unless somebody has cut the image short. Others: the file system cannot tell.
+            whole = os.lseek(self._fd, 0, os.SEEK_END) >= self.size
+            return self.size if error.errno == errno.ENXIO and whole else offset
 
     def close(self) -> None:
         for fd in (self._fd, self._direct):

@@ -9,6 +9,7 @@ from pathlib import Path
 import targets
 
 import whimbrel_device as wd
+from whimbrel_block import codec
 from whimbrel_testing.wrong import all_cases
 from whimbrel_testing.wrong.pieces import STATE_TEXT, TIMER_PAYLOAD, TIMER_TEXT, opaque, text
 from whimbrel_zstd.frames import Packer
@@ -73,12 +74,24 @@ def _zstd() -> Iterator[bytes]:
         yield b"\x01" + b"".join(packed)
 
 
+def _block() -> Iterator[bytes]:
+    name = codec.encode_device("drv0")
+    zeros = codec.encode_zeros(name, (n * codec.CHUNK for n in range(5)))
+    yield from (
+        zeros + codec.EOS_RECORD,
+        codec.encode_progress(50) + codec.encode_chunk(name, 512, zero=True) + zeros,
+        codec.encode_chunk(codec.encode_device("x"), 1 << 60) + codec.EOS_RECORD,
+        zeros[:20] + zeros[30:] + codec.encode_progress(100) + codec.EOS_RECORD,
+    )
+
+
 SEEDS = {
     "stream": _stream,
     "vmdescription": _vmdescription,
     "vmstate": _vmstate,
     "qmp": _qmp,
     "zstd": _zstd,
+    "block": _block,
 }
 
 

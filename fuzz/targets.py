@@ -17,6 +17,8 @@ import whimbrel_device as wd
 from whimbrel import EndOfStream, Plugins, Role
 from whimbrel.channel import MemoryChannel
 from whimbrel.errors import MigrationError, StreamError
+from whimbrel.stream import InStream
+from whimbrel_block import codec
 from whimbrel_device import vmdesc
 from whimbrel_monitor.reader import Reader
 from whimbrel_monitor.session import Session
@@ -87,6 +89,25 @@ def qmp(data: bytes) -> None:
         assert len(json.loads(line)) <= 2
 
 
+def block(data: bytes) -> None:
+    """Records of a disk, without the bytes of its chunks: what is read is written again as it came."""
+    inp = InStream(MemoryChannel(data))
+    with contextlib.suppress(MigrationError):
+        while True:
+            at = inp.position
+            record = codec.read_record(inp)
+            came = data[at : inp.position]
+            if isinstance(record, codec.Chunk):
+                name = codec.encode_device(record.device)
+                assert codec.encode_chunk(name, record.offset, zero=record.zero) == came
+                more = codec.zeros_behind(inp.buffered(), name, record.offset)
+                inp.consume(more * (8 + len(name)))
+            elif record is None:
+                assert came == codec.EOS_RECORD
+            else:
+                assert 0 <= record.percent <= 100
+
+
 def _read_qmp(text: bytes, step: int) -> list[Any]:
     reader, found = Reader(), []
     for at in range(0, len(text), step):
@@ -124,6 +145,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "vmstate": vmstate,
     "qmp": qmp,
     "zstd": zstd,
+    "block": block,
 }
 
 # ---- a field of every kind

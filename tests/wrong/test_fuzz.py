@@ -10,7 +10,7 @@ import pytest
 from whimbrel.errors import StreamError
 
 FUZZ = Path(__file__).parents[2] / "fuzz"
-NAMES = ("stream", "vmdescription", "vmstate", "qmp", "zstd")
+NAMES = ("stream", "vmdescription", "vmstate", "qmp", "zstd", "block")
 
 
 @pytest.fixture
@@ -47,6 +47,7 @@ def test_an_error_that_is_none_of_ours_is_noticed(fuzz, monkeypatch, name):
     monkeypatch.setattr(targets.wd, "decode", broken)
     monkeypatch.setattr(targets.Session, "receive", broken)
     monkeypatch.setattr(targets.PLUGINS, "filter", broken)
+    monkeypatch.setattr(targets.codec, "read_record", broken)
     with pytest.raises(KeyError):
         targets.TARGETS[name](b"\3{}")
 

@@ -35,9 +35,10 @@ class BlockFlag(enum.IntFlag):
     ZERO_BLOCK = 0x08
 
 
-EOS_RECORD = _U64.pack(BlockFlag.EOS)
 _FLAGS = SECTOR - 1
-_ZERO_CHUNK = BlockFlag.DEVICE_BLOCK | BlockFlag.ZERO_BLOCK
+# Plain numbers for the loop.
+_CHUNK, _ZERO_CHUNK, _EOS, _PROGRESS = 0x01, 0x09, 0x02, 0x04
+EOS_RECORD = _U64.pack(_EOS)
 
 
 @attrs.frozen
@@ -67,7 +68,7 @@ def encode_device(name: str) -> bytes:
 
 def encode_chunk(device: bytes, offset: int, *, zero: bool = False) -> bytes:
     """What stands before the bytes of a chunk; device: from encode_device()."""
-    return _U64.pack(offset | (_ZERO_CHUNK if zero else BlockFlag.DEVICE_BLOCK)) + device
+    return _U64.pack(offset | (_ZERO_CHUNK if zero else _CHUNK)) + device
 
 
 def encode_zeros(device: bytes, offsets: Iterable[int]) -> bytes:
@@ -75,8 +76,22 @@ def encode_zeros(device: bytes, offsets: Iterable[int]) -> bytes:
     return b"".join([_U64.pack(offset | _ZERO_CHUNK) + device for offset in offsets])
 
 
+def zeros_behind(buffer: memoryview, device: bytes, offset: int) -> int:
+    """How many records at the front of buffer say that the chunks behind the one at offset are zero as well.
+
+    A sparse disk has one for each megabyte that it does not hold: they are taken at once.
+    """
+    size, n = 8 + len(device), 0
+    for at in range(0, len(buffer) - size + 1, size):
+        offset += CHUNK
+        if buffer[at : at + size] != encode_chunk(device, offset, zero=True):
+            break
+        n += 1
+    return n
+
+
 def encode_progress(percent: int) -> bytes:
-    return _U64.pack(percent << SECTOR_BITS | BlockFlag.PROGRESS)
+    return _U64.pack(percent << SECTOR_BITS | _PROGRESS)
 
 
 def read_record(reader: Reader) -> Chunk | Progress | None:
@@ -84,17 +99,17 @@ def read_record(reader: Reader) -> Chunk | Progress | None:
     at = reader.position
     word = int(_U64.unpack(reader.read(8))[0])
     flags = word & _FLAGS
-    if flags in (BlockFlag.DEVICE_BLOCK, _ZERO_CHUNK):
+    if flags in (_CHUNK, _ZERO_CHUNK):
         name = read_name(reader, "a disk", section="block")
         return Chunk(name, word & ~_FLAGS, flags == _ZERO_CHUNK)
-    if flags == BlockFlag.PROGRESS:
+    if flags == _PROGRESS:
         return Progress(min(100, word >> SECTOR_BITS))
-    if word == BlockFlag.EOS:
+    if word == _EOS:
         return None
     raise StreamError(
         "unknown combination of flags in a disk record",
         section="block",
         offset=at,
         expected="DEVICE_BLOCK 0x01 (with ZERO_BLOCK 0x08 perhaps), EOS 0x02, PROGRESS 0x04",
-        found=f"{word:#x}" if flags == BlockFlag.EOS else f"{flags:#05x}",
+        found=f"{word:#x}" if flags == _EOS else f"{flags:#05x}",
     )

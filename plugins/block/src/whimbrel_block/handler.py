@@ -17,6 +17,7 @@ from whimbrel_block.codec import (
     Progress,
     encode_progress,
     read_record,
+    zeros_behind,
 )
 from whimbrel_block.device import BlockDevice
 from whimbrel_block.loading import Syncer, Target
@@ -158,12 +159,14 @@ class BlockHandler(LiveSaveVMHandler):
                 announced.append((target, record.offset))
                 continue
             target.check(record.offset, at)
+            if record.zero:
+                self._zero(target, record.offset, inp)
+                continue
             target.begin()
-            if not record.zero:
-                inp.read_into(self._staging)
-            self._put(target, record.offset, None if record.zero else self._staging)
+            inp.read_into(self._staging)
+            self._syncer.wrote(target.device, target.put(record.offset, self._staging))
         for target, offset in announced:
-            self._put(target, offset, None)
+            target.zero(offset, CHUNK)
         if header.type is ItemType.SECTION_END:
             self._finish_load()
 
@@ -180,8 +183,15 @@ class BlockHandler(LiveSaveVMHandler):
             )
         return target
 
-    def _put(self, target: Target, offset: int, data: memoryview | None) -> None:
-        self._syncer.wrote(target.device, target.put(offset, data))
+    @staticmethod
+    def _zero(target: Target, offset: int, inp: InStream) -> None:
+        """A chunk of zeros, and what has arrived of a run of them."""
+        at, name = inp.position, target.device.wire_name
+        more = 0 if offset % CHUNK else zeros_behind(inp.buffered(), name, offset)
+        if more:
+            target.check(offset + more * CHUNK, at)
+            inp.consume(more * (8 + len(name)))
+        target.zero(offset, (1 + more) * CHUNK)
 
     def _finish_load(self) -> None:
         """END: all of it is on stable storage before the source is told anything."""

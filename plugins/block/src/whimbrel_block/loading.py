@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 from whimbrel.errors import LocalError, StreamError
 from whimbrel_block.codec import CHUNK, SECTOR
@@ -10,14 +12,6 @@ from whimbrel_block.device import BlockDevice
 
 #: Bytes written before they are synced in the background, so that the sync at the end is short.
 SYNC_EVERY = 64 << 20
-
-
-def write_error(device: BlockDevice, offset: int, error: OSError) -> LocalError:
-    return LocalError(
-        f"disk '{device.name}' ({device.image.name}) cannot be written at byte {offset}: {error.strerror or error}",
-        section="block",
-        hint="Make room, or see to the disk; then receive the migration again",
-    )
 
 
 class Target:
@@ -60,24 +54,42 @@ class Target:
             self.device.begin_load()
             self.begun = True
 
-    def put(self, offset: int, data: memoryview | None) -> int:
-        """Write a chunk from offset on, as far as the device goes; None is zeros. Returns the bytes written."""
+    def put(self, offset: int, data: memoryview) -> int:
+        """Write a chunk from offset on, as far as the device goes. Returns the bytes written. Raises LocalError."""
+        data = data[: self.device.size - offset]
+        with self._writing(offset):
+            self.device.image.write(data, offset, bulk=True)
+        self._note(offset, len(data))
+        return len(data)
+
+    def zero(self, offset: int, length: int) -> None:
+        """Make that much zero, as far as the device goes. Raises LocalError."""
+        length = min(length, self.device.size - offset)
+        with self._writing(offset):
+            self.device.image.zero(offset, length)
+        self._note(offset, length)
+
+    @contextlib.contextmanager
+    def _writing(self, offset: int) -> Iterator[None]:
         self.begin()
-        device = self.device
-        length = min(CHUNK, device.size - offset)
         try:
-            if data is None:
-                device.image.zero(offset, length)
-            else:
-                device.image.write(data[:length], offset, bulk=True)
+            yield
         except OSError as error:
-            raise write_error(device, offset, error) from error
+            device = self.device
+            raise LocalError(
+                f"disk '{device.name}' ({device.image.name}) cannot be written at byte {offset}:"
+                f" {error.strerror or error}",
+                section="block",
+                hint="Make room, or see to the disk; then receive the migration again",
+            ) from error
+
+    def _note(self, offset: int, length: int) -> None:
+        """These bytes have come."""
         end = offset + length
-        last = device.chunks if end == device.size else end // CHUNK
         first = -(-offset // CHUNK)
+        last = self.device.chunks if end == self.device.size else end // CHUNK
         if first < last:
             self._received[first:last] = bytes((1,)) * (last - first)
-        return length
 
     def activate(self) -> None:
         """The app's from now on."""

@@ -1,5 +1,9 @@
 """Two real processes, a machine that writes to its RAM and to its disk, and the proof that nothing was lost."""
 
+import os
+import random
+import threading
+
 import pytest
 
 from whimbrel_testing.harness import AppError, AppProcess, Pair
@@ -111,3 +115,24 @@ def test_a_cancelled_migration_can_be_begun_again(pair):
     assert pair.source.call("wait")["outcome"] == "completed"
     runs_whole(pair.destination)
     assert pair.violations() == []
+
+
+@pytest.mark.parametrize("victim", ["source", "destination"])
+@pytest.mark.parametrize("seed", range(int(os.environ.get("WHIMBREL_KILLS", "6")) // 2))
+def test_killed_at_any_moment(victim, seed):
+    """Never two machines; and the one that runs, if one does, has its whole disk."""
+    with Pair(CONFIG, settings=SETTINGS) as pair:
+        begin(pair)
+        pair.source.wait_status("active")
+        threading.Event().wait(random.Random(f"{victim}{seed}").uniform(0, 0.5))
+        app = {"source": pair.source, "destination": pair.destination}
+        app.pop(victim).kill()
+        ((role, left),) = app.items()
+        outcome = left.call("wait")["outcome"]
+        assert pair.violations() == []
+        if outcome != "unknown" and (outcome == "completed") == (role == "destination"):
+            assert pair.running() == [role]
+            runs_whole(left)
+        else:
+            assert pair.running() == []
+            assert role == "source" or left.call("report")["disk_refused"]

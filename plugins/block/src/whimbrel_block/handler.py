@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
     from whimbrel.state import RunParams
     from whimbrel.stream import InStream, OutStream
     from whimbrel.wire.items import SectionHeader
+
+log = logging.getLogger("whimbrel.block")
 
 #: Seconds that the other sections wait for a disk before they get their turn.
 PATIENCE = 0.005
@@ -118,7 +121,7 @@ class BlockHandler(LiveSaveVMHandler):
 
     def complete(self, out: OutStream, mode: Mode) -> None:
         assert self._sender is not None
-        self._sender.send(out, Budget(), None)
+        self._sender.send_rest(out)
         self._sender.flush()
         out.write(encode_progress(100) + EOS_RECORD)
 
@@ -210,4 +213,7 @@ class BlockHandler(LiveSaveVMHandler):
         targets, self._targets = self._targets, {}
         for target in targets.values():
             if target.begun:
-                target.device.end_load(whole=outcome is Outcome.COMPLETED)
+                try:
+                    target.device.end_load(whole=outcome is Outcome.COMPLETED)
+                except OSError as error:
+                    log.error("disk '%s': its mark cannot be set: %s", target.device.name, error)

@@ -187,10 +187,12 @@ class Syncer:
     def _sync(self, device: BlockDevice) -> None:
         try:
             device.image.flush()
-        except OSError as error:
+        except (
+            Exception
+        ) as error:  # whatever an Image raises: the source is not to hear that all is well
             self._error = LocalError(
                 f"disk '{device.name}' ({device.image.name}) cannot be brought to stable storage:"
-                f" {error.strerror or error}",
+                f" {getattr(error, 'strerror', None) or error}",
                 section="block",
                 hint="See to the disk; then receive the migration again",
             )

@@ -37,7 +37,7 @@ class Read:
     slot: int = -1
     zero: bool = False
     same: bool = False
-    error: OSError | None = None
+    error: Exception | None = None
 
     @property
     def offset(self) -> int:
@@ -101,7 +101,7 @@ class ReadAhead:
         """Behind what was asked for, bring the app's writes to stable storage, so that the last flush is short."""
         self._asked.put(device)
 
-    def take(self, timeout: float | None) -> Read | None:
+    def take(self, timeout: float) -> Read | None:
         """The next one that was asked for; None if it has not been read after so many seconds."""
         try:
             read = self._done.get_nowait() if timeout == 0 else self._done.get(timeout=timeout)
@@ -135,13 +135,15 @@ class ReadAhead:
                 continue
             try:
                 self._read(asked)
-            except OSError as error:
+            except (
+                Exception
+            ) as error:  # whatever an Image raises: nobody is to wait for a thread that has gone
                 asked.error = error
             self._done.put(asked)
 
     @staticmethod
     def _flush(device: BlockDevice) -> None:
-        with contextlib.suppress(OSError):  # told by the last one
+        with contextlib.suppress(Exception):  # told by the last one
             device.flush()
 
     def _read(self, read: Read) -> None:

@@ -31,6 +31,8 @@ log = logging.getLogger("whimbrel.block")
 _HOLES = 4096
 #: Seconds that the end of a migration waits for a read that hangs.
 _LAST_PATIENCE = 5.0
+#: Seconds that a machine stands still for one read.
+_STANDSTILL = 30.0
 _ZEROS = bytes(CHUNK)
 
 
@@ -149,7 +151,7 @@ class Sender:
 
     # ---- sending
 
-    def send(self, out: OutStream, budget: Budget, patience: float | None) -> bool:
+    def send(self, out: OutStream, budget: Budget, patience: float) -> bool:
         """Records, until none is left (True), the budget is spent, or a disk is slow (False, and `waiting`)."""
         reader = self._reader
         self.waiting = False
@@ -170,6 +172,15 @@ class Sender:
                 self._send_read(read, out)
             if budget.spent(out.position - start):
                 return False
+
+    def send_rest(self, out: OutStream) -> None:
+        """All that is left, while the machine stands still. Raises LocalError when a disk does not answer: it runs on then."""
+        if not self.send(out, Budget(), _STANDSTILL):
+            raise LocalError(
+                f"a disk did not answer for {_STANDSTILL:.0f} s while the machine stood still",
+                section="block",
+                hint="The machine runs on here; see to its disks before the next attempt",
+            )
 
     def progress(self, out: OutStream) -> None:
         """How much of the first copy is through, when that has changed."""
@@ -199,7 +210,7 @@ class Sender:
         if read.error is not None:
             raise LocalError(
                 f"disk '{device.name}' ({device.image.name}) cannot be read at byte {read.offset}:"
-                f" {read.error.strerror or read.error}",
+                f" {getattr(read.error, 'strerror', None) or read.error}",
                 section="block",
                 hint="The machine runs on here; see to the disk before the next attempt",
             ) from read.error
@@ -250,7 +261,7 @@ class Sender:
             if disk.device.unflushed:
                 try:
                     disk.device.flush()
-                except OSError as error:  # the destination has it all: better there than here
+                except Exception as error:  # the destination has it all: better there than here
                     log.warning("disk '%s' could not be flushed: %s", disk.device.name, error)
 
     def close(self) -> None:

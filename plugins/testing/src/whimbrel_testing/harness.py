@@ -116,6 +116,7 @@ class App:
             "generation": stress.machine.generation,
             "writes": stress.writes,
             "disk_writes": stress.disk_writes,
+            "disk_refused": stress.disk is not None and stress.disk.device.half_written,
             "ticks": stress.clock.ticks,
             "lines": stress.serial.lines,
             "felt_downtime": stress.felt_downtime,

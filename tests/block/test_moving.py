@@ -12,7 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from whimbrel import Kernel, LocalError, Machine, MigrationError, RunState, StateError, StreamError
+from whimbrel import (
+    BlockedError,
+    Kernel,
+    LocalError,
+    Machine,
+    MigrationError,
+    RunState,
+    StateError,
+    StreamError,
+)
 from whimbrel.channel import MemoryChannel
 from whimbrel.savevm import Budget, LoadDriver, Mode, SaveDriver
 from whimbrel.state import Outcome, RunParams
@@ -361,8 +370,19 @@ def test_a_disk_that_is_read_only_there(filled, empty):
     stays(source, destination)
 
 
-def test_a_machine_without_disks_cannot_copy_them(filled):
-    there, here = move(Side(), Side(), blk=True)
+def test_a_machine_without_disks_cannot_copy_them(shm):
+    side = Side()
+    for params in ({"blk": True}, {"inc": True}):
+        with pytest.raises(BlockedError, match="no disk that could be copied"):
+            side.kernel.migrate("tcp:127.0.0.1:1", **params)
+    side.kernel.settings["block"] = True
+    with pytest.raises(BlockedError, match="capability block is on"):
+        side.kernel.migrate("tcp:127.0.0.1:1")
+    assert side.kernel.query() == {}
+
+    cd = Side(BlockDevice("cd", shm / "cd", create=MIB), settings={"block": True})
+    cd.devices[0].image.read_only = True
+    there, here = move(cd, Side())
     assert "no disk that could be copied" in str(here)
 
 

@@ -113,6 +113,8 @@ class Kernel:
         with self._lock:
             self._let_clean_up_end()
             handlers = self._check_may_migrate(uri)
+            if (blk or inc) and not any(h.copies_disks for h in handlers):
+                raise BlockedError(["the machine has no disk that could be copied"])
             return self._begin(
                 lambda: Outgoing(self, self.route(uri), handlers),
                 handlers,

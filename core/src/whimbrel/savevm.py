@@ -107,6 +107,8 @@ class SaveVMHandler(abc.ABC):
     unmigratable: str | None = None
     #: Sent as FULL before the live sections start.
     early_setup: bool = False
+    #: Takes part when blk or inc is asked for: a machine needs one such for that.
+    copies_disks: bool = False
     #: A stream without this section still makes a whole machine.
     optional: bool = False
     #: save() writes whole sections, headers and footers included; nothing is framed or described for it.

@@ -49,6 +49,7 @@ class BlockHandler(LiveSaveVMHandler):
     """
 
     idstr = "block"
+    copies_disks = True
 
     def __init__(
         self,

@@ -40,14 +40,30 @@ def settings() -> list[Setting]:
     ]
 
 
+@hookimpl
+def preflight(kernel: Kernel, uri: str) -> list[str]:
+    """Whether there is something to copy, where each migration is to copy the disks."""
+    if not kernel.settings["block"]:
+        return []
+    from whimbrel_block.device import BlockDevice
+
+    if not kernel.machine.parts(BlockDevice):
+        return ["the capability block is on, and the machine has no disk that could be copied"]
+    return []
+
+
 @hookimpl(trylast=True)  # the kernel asks the last one first: disks go before RAM, as in QEMU
 def savevm_handlers(kernel: Kernel, machine: Machine) -> list[SaveVMHandler]:
     from whimbrel_block.device import BlockDevice
+
+    devices = machine.parts(BlockDevice)
+    if not devices:
+        return []
     from whimbrel_block.handler import BlockHandler
 
     return [
         BlockHandler(
-            machine.parts(BlockDevice),
+            devices,
             active=lambda: bool(kernel.settings["block"]),
             incremental=lambda: bool(kernel.settings["block-incremental"]),
             zero_blocks=lambda: bool(kernel.settings["zero-blocks"]),

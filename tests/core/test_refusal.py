@@ -176,6 +176,11 @@ def test_what_outlives_a_run_and_what_does_not(world, side):
     settings.update({"max-bandwidth": "7MiB/s", "downtime-limit": "0.2s"})
     calls = []
     side.kernel.notifiers.add(lambda n: calls.append(n.what))
+    with pytest.raises(BlockedError, match="no disk"):
+        side.kernel.migrate("nonsense:", blk=True)
+    disk = Number("disk")
+    disk.copies_disks = True
+    side.machine.register(disk)
     with pytest.raises(UriError):
         side.kernel.migrate("nonsense:", blk=True, inc=True)
     assert side.kernel.state.params.blk

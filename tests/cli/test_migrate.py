@@ -18,8 +18,17 @@ pytestmark = pytest.mark.interop
 SLOW = 1 << 20  # bytes/s
 
 
+def disk_args(image):
+    return (
+        "-drive",
+        f"if=none,id=drv0,format=raw,file={image}",
+        "-device",
+        "virtio-blk,drive=drv0",
+    )
+
+
 class Pair:
-    def __init__(self, qemu, folder, versions, args=(), incoming=None):
+    def __init__(self, qemu, folder, versions, args=(), disks=None):
         self.folder = folder
         self.uri = f"unix:{folder}/m.sock"
         guest = counting_guest(folder)
@@ -29,6 +38,7 @@ class Pair:
                 *guest.args(log),
                 *("-qmp", f"unix:{folder}/{log.stem}.qmp,server=on,wait=off"),
                 *(args if log.stem == "dst" else ()),
+                *(disk_args(disks[log.stem]) if disks else ()),
                 version=version,
                 incoming=self.uri if log.stem == "dst" else None,
             )
@@ -94,6 +104,27 @@ def test_json_tells_each_state_and_the_figures_at_the_end(pair, site):
     assert events[-1]["event"] == "completed"
     assert events[-1]["acknowledged"] is False  # return-path was off
     assert events[-1]["ram"]["transferred"] == there["ram"]["transferred"]
+
+
+def test_disks_are_copied_on_request(qemu, site, tmp_path):
+    images = {name: tmp_path / f"{name}.img" for name in ("src", "dst")}
+    for image in images.values():
+        image.write_bytes(os.urandom(4 << 20))
+    pair = Pair(qemu, tmp_path, ("7.2", "7.2"), disks=images)
+    site.migctl("-m", pair.src, "set", "bandwidth", "16MiB/s")  # 7.2 loses the end of a fast copy
+    done = site.migctl("-m", pair.src, "migrate", "--blk", pair.uri)
+    assert done.returncode == 0, done.stderr
+    pair.destination.wait_status("running")
+    pair.source.kill()
+    pair.destination.kill()
+    assert images["dst"].read_bytes() == images["src"].read_bytes()
+
+
+def test_a_qemu_that_copies_no_disks_is_not_asked_to(qemu, site, tmp_path):
+    pair = Pair(qemu, tmp_path, ("10.0", "7.2"))
+    done = site.migctl("-m", pair.src, "migrate", "--inc", pair.uri)
+    assert done.returncode == 3
+    assert "QEMU 10.0 does not copy disks" in done.stderr
 
 
 def test_a_dry_run_begins_nothing(pair, site):

@@ -63,6 +63,10 @@ Examples:
     metavar="TIME",
     help="Cancel when for so long no less was left to send than before: 150s.",
 )
+@click.option("--blk", is_flag=True, help="Copy the disks as well (QEMU before 9.1, and apps).")
+@click.option(
+    "--inc", is_flag=True, help="Of the disks, copy what differs from a base that both sides have."
+)
 @remote.json_option
 @click.pass_context
 def migrate(
@@ -77,6 +81,8 @@ def migrate(
     timeout: float | None,
     on_timeout: str,
     stall: float | None,
+    blk: bool,
+    inc: bool,
     as_json: bool,
 ) -> None:
     """Migrate the machine to URI, where a destination listens.
@@ -93,8 +99,9 @@ def migrate(
 
     limits = Limits(timeout=timeout, on_timeout=OnTimeout(on_timeout), stall=stall)
     force = bridge or pump
+    disks = {name: True for name, wanted in (("blk", blk), ("inc", inc)) if wanted}
     with remote.connected(ctx) as source:
-        _check(ctx, source, uri, destination, force_bridge=force)
+        _check(ctx, source, uri, destination, force_bridge=force, disks=bool(disks))
         if dry_run:
             remote.tell_done("nothing is known against it", as_json)
             return
@@ -104,21 +111,23 @@ def migrate(
             if force or not uris.spoken_by(source, uri):
                 way = stack.enter_context(_bridged(ctx, source, uri, pump, acknowledged))
             if detach:
-                _begin(source, uri, way)
+                _begin(source, uri, way, disks)
                 more = {} if way is None else {"bridge": way.form}
                 remote.tell_done("begun; migctl status tells how it goes on", as_json, **more)
                 return
-            _watch(source, uri, limits, way, acknowledged=acknowledged, as_json=as_json)
+            _watch(
+                *(source, uri, limits, way), disks=disks, acknowledged=acknowledged, as_json=as_json
+            )
 
 
-def _begin(source: Monitor, uri: str, way: Bridge | None) -> None:
+def _begin(source: Monitor, uri: str, way: Bridge | None, disks: dict[str, bool]) -> None:
     from whimbrel_cli.bridging import record
 
     if way is None:
         record.forget(source.address)
-        source.execute("migrate", {"uri": uri})
+        source.execute("migrate", {"uri": uri, **disks})
     else:
-        way.migrate(source)
+        way.migrate(source, disks)
 
 
 @contextlib.contextmanager
@@ -154,6 +163,7 @@ def _check(
     destination: str | None,
     *,
     force_bridge: bool,
+    disks: bool,
 ) -> None:
     """Raises BlockedError with all reasons."""
     from whimbrel_cli import preflight
@@ -162,13 +172,19 @@ def _check(
 
     plugins = ctx.ensure_object(Selection).plugins
     if destination is None:
-        found = preflight.reasons(source, uri, plugins=plugins, force_bridge=force_bridge)
+        found = preflight.reasons(
+            source, uri, plugins=plugins, force_bridge=force_bridge, disks=disks
+        )
     else:
         if uris.same(destination, source.address):
             raise BlockedError(["source and destination are the same machine"])
         with Monitor(destination) as other:
             found = preflight.reasons(
-                source, uri, plugins=plugins, destination=other, force_bridge=force_bridge
+                *(source, uri),
+                plugins=plugins,
+                destination=other,
+                force_bridge=force_bridge,
+                disks=disks,
             )
     if found:
         raise BlockedError(found)
@@ -180,6 +196,7 @@ def _watch(
     limits: Limits,
     way: Bridge | None,
     *,
+    disks: dict[str, bool],
     acknowledged: bool,
     as_json: bool,
 ) -> None:
@@ -194,7 +211,7 @@ def _watch(
                 source,
                 display,
                 limits,
-                lambda: _begin(source, uri, way),
+                lambda: _begin(source, uri, way, disks),
                 lambda: None if way is None else way.watch(source),
             )
         except Detached:

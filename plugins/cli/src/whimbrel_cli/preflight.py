@@ -27,6 +27,7 @@ _SHARED_CAPABILITIES = (
     "rdma-pin-all",
 )
 _SHARED_WITH_MULTIFD = ("multifd-channels", "multifd-compression")
+_NO_DISKS_SINCE = (9, 1)
 #: They open further connections.
 _SEVERAL_CHANNELS = ("multifd", "postcopy-preempt")
 
@@ -38,9 +39,15 @@ def reasons(
     plugins: Plugins,
     destination: Monitor | None = None,
     force_bridge: bool = False,
+    disks: bool = False,
 ) -> list[str]:
     """All of them; none: nothing is known against it. Raises Gone."""
     found = [*_of_source(source, uri), *_of_uri(source, uri, plugins, force_bridge)]
+    if disks and not uris.is_app(source) and source.version >= _NO_DISKS_SINCE:
+        version = ".".join(map(str, source.version))
+        found.append(
+            f"QEMU {version} does not copy disks (9.0 was the last): leave --blk and --inc out"
+        )
     found += [
         f"{uri} is the monitor of {monitor.address}, no place to migrate to"
         for monitor in (source, destination)

@@ -28,6 +28,11 @@ def same(one: str, other: str) -> bool:
     return a == b
 
 
+def is_app(monitor: Monitor) -> bool:
+    """An app that whimbrel migrates, and no QEMU."""
+    return monitor.has("x-whimbrel-plugins")
+
+
 def spoken_by(monitor: Monitor, uri: str) -> bool:
     """Does the machine open that URI itself? Raises UriError where there is no scheme."""
     scheme, colon, _ = uri.partition(":")
@@ -36,8 +41,8 @@ def spoken_by(monitor: Monitor, uri: str) -> bool:
             f"'{uri}' is not a migration URI: no scheme",
             hint="Write for instance tcp:HOST:PORT or unix:PATH",
         )
-    if monitor.has("x-whimbrel-plugins"):
-        return True  # an app of whimbrel knows its own plugins, and says what is missing
+    if is_app(monitor):
+        return True  # it knows its own plugins, and says what is missing
     if scheme == "file":
         return monitor.version >= _FILE_SINCE
     return scheme in _QEMU

@@ -145,15 +145,15 @@ class Bridge:
                 return False
         return True
 
-    def migrate(self, source: Monitor) -> None:
-        """Hand over what is open, and begin. Raises Refused, Gone: nothing has begun."""
+    def migrate(self, source: Monitor, disks: dict[str, bool]) -> None:
+        """Hand over what is open, and begin. disks: blk and inc. Raises Refused, Gone: nothing has begun."""
         try:
             source.hand_over(CHANNEL, self._fds[0])
             if self.form == "pump":
                 source.hand_over(KEPT, self._fds[1])
                 self._kept = True
             try:
-                source.execute("migrate", {"uri": f"fd:{CHANNEL}"})
+                source.execute("migrate", {"uri": f"fd:{CHANNEL}", **disks})
             except Refused:
                 self._forget(source, CHANNEL)
                 self._forget(source, KEPT)

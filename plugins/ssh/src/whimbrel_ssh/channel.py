@@ -14,7 +14,7 @@ from whimbrel import Channel, ChannelError, DeadlineExceeded
 from whimbrel.channel import Buffer
 from whimbrel.waiting import Gate, call_in_thread
 from whimbrel_ssh.address import Command, End
-from whimbrel_ssh.errors import FarEndRefused
+from whimbrel_ssh.errors import FarEndRefused, LinkLost
 from whimbrel_ssh.link import FAILURES, TICK, Link
 from whimbrel_ssh.reach import printable
 
@@ -79,6 +79,9 @@ class SshChannel(Channel):
 
     def _explain(self, error: BaseException) -> None:
         self._gate.check()
+        if not self._ended and not self._has_status:
+            self._link.check()
+            raise LinkLost(f"{self.name}: link lost: {error}", hint="Try again") from error
         if not self._channel.eof_received and not self._has_status:
             self._link.check()
         self._check_status_soon()

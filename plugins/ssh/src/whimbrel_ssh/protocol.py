@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from typing import Any
@@ -40,6 +41,8 @@ class Protocol(paramiko.Transport):
         self.set_log_channel(_LOG)
         self._streamlocal: str | None = None
         self._asking = threading.Lock()
+        self._deferring = threading.Lock()
+        self._deferred: list[paramiko.Message] = []
         options = self.get_security_options()
         options.ciphers = [c for c in _CIPHERS if c in options.ciphers]
         known = [
@@ -83,4 +86,29 @@ class Protocol(paramiko.Transport):
             data.add_string(self._streamlocal)
             data.add_string("")  # two fields that are reserved
             data.add_int(0)
-        super()._send_user_message(data)  # type: ignore[misc]
+        if threading.current_thread() is self and not self._may_send():
+            self._defer(data)
+        else:
+            super()._send_user_message(data)  # type: ignore[misc]
+
+    # While keys are exchanged anew, paramiko lets whoever sends wait until that has ended. Its own thread, which has to
+    # bring it to an end, must not: it sends when the far host closes a channel in between.
+
+    def _may_send(self) -> bool:
+        with self._deferring:
+            return not self._deferred and self.clear_to_send.is_set()
+
+    def _defer(self, data: paramiko.Message) -> None:
+        with self._deferring:
+            self._deferred.append(data)
+            if len(self._deferred) == 1:
+                threading.Thread(target=self._send_deferred, name="ssh rekey", daemon=True).start()
+
+    def _send_deferred(self) -> None:
+        while True:
+            with contextlib.suppress(paramiko.SSHException, EOFError, OSError):
+                super()._send_user_message(self._deferred[0])  # type: ignore[misc]
+            with self._deferring:
+                self._deferred.pop(0)
+                if not self._deferred:
+                    return

@@ -118,7 +118,10 @@ class TestCommand(SshSuite):
         # The status is that of the job in front: the one that takes the stream. In the background standard input is
         # /dev/null, hence the number.
         place = f"//{self.host.name}/exec:exec 3<&0;"
-        return Ends(
+        yield Ends(
             f"{place} cat <&3 > {back} 2>&- & cat < {there}; exec >&- 2>&-; wait",
             f"{place} cat < {back} & cat <&3 > {there}",
         )
+        # A command that still waits for the other side of a FIFO gets one, and then the end.
+        for fifo in (there, back):
+            os.close(os.open(fifo, os.O_RDWR))

@@ -76,7 +76,7 @@ class Authenticator:
         hint = f"Try ssh -v {host.user}@{host.alias}; put the key there with ssh-copy-id"
         if any("passphrase" in text for text in self.passed_over):
             hint = "ssh-add gives a key with a passphrase to the agent; a question needs a terminal"
-        elif why.startswith("the host hung up") and len(self.tried) > 2:
+        elif why.startswith("the host hung up") and len(self.tried) > 1:
             hint = "It takes only so many keys: IdentitiesOnly yes and IdentityFile in ~/.ssh/config name the right one"
         elif why.startswith("the host wants"):
             hint = "whimbrel knows keys only: allow publickey alone for this user there"
@@ -105,8 +105,8 @@ class Authenticator:
     def _load(self, path: Path) -> paramiko.PKey | None:
         try:
             return _private(path)
-        except paramiko.PasswordRequiredException:
-            pass
+        except (paramiko.PasswordRequiredException, TypeError):
+            pass  # it has a passphrase
         except FileNotFoundError:
             self.passed_over.append(f"{path} (there is no such file)")
             return None
@@ -152,7 +152,8 @@ def _agent_keys(host: Host, on_socket: Callable[[Any], object]) -> Iterator[list
 
 
 def _private(path: Path, passphrase: str | None = None) -> paramiko.PKey:
-    return paramiko.PKey.from_path(path, passphrase)
+    secret: Any = None if passphrase is None else passphrase.encode()
+    return paramiko.PKey.from_path(path, secret)
 
 
 def _public(path: Path) -> bytes | None:

@@ -113,7 +113,6 @@ class Link:
             return self._enter(host, self._via(host, via))
         if host.proxy_command is None:
             sock = reach.tcp(host, self._gate.fd)
-            self._undo.callback(sock.close)
             self._owns(sock)
             return self._enter(host, sock)
         try:
@@ -127,7 +126,8 @@ class Link:
         return self._enter(host, proxy.sock, proxy.said)
 
     def _owns(self, sock: Any) -> None:
-        """What kill() shuts down."""
+        """What kill() shuts down, and the end closes."""
+        self._undo.callback(sock.close)
         with self._lock:
             if hasattr(sock, "shutdown"):
                 self._sockets.append(sock)
@@ -246,6 +246,7 @@ class Link:
 
 
 def _end(transport: Protocol) -> None:
+    transport.packetizer.complete_handshake()  # ends the thread that would time it out
     transport.close()
     if transport.ident is not None:
         transport.join(_JOIN)

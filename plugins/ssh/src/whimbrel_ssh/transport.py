@@ -31,7 +31,6 @@ from whimbrel_ssh.errors import FarEndRefused
 from whimbrel_ssh.link import FAILURES, TICK, Link, open_link
 
 _SOON = 2.0  # seconds that a host has to stop listening
-_FORBIDDEN = 1  # SSH_OPEN_ADMINISTRATIVELY_PROHIBITED
 
 
 class SshTransport(Transport):
@@ -99,28 +98,19 @@ def _open(link: Link, end: End) -> paramiko.Channel:
         return transport.open_channel("direct-tcpip", (end.host, end.port), ("127.0.0.1", 0))
     except FAILURES as error:
         link.check()
-        forbidden = isinstance(error, paramiko.ChannelException) and error.code == _FORBIDDEN
         raise FarEndRefused(
-            f"{link.name}: the far host refused {end}: {error}",
-            hint=_remedy(end, forbidden=forbidden),
+            f"{link.name}: the far host refused {end}: {getattr(error, 'text', error)}",
+            hint=_REMEDIES[type(end)],
         ) from error
 
 
-def _remedy(end: End, *, forbidden: bool) -> str:
-    if isinstance(end, Command):
-        return (
-            "Its sshd_config or authorized_keys may force another command (ForceCommand, command=)"
-        )
-    option = (
-        "AllowStreamLocalForwarding"
-        if isinstance(end, Unix)
-        else "AllowTcpForwarding or PermitOpen"
-    )
-    if forbidden:
-        return f"Its sshd forbids that ({option} in sshd_config, restrict in authorized_keys), or nobody listens there"
-    return (
-        "Start the destination there first; check the path or port, and that the user may open it"
-    )
+_REMEDIES = {
+    Command: "Its sshd_config or authorized_keys may force another command (ForceCommand, command=)",
+    Unix: "Start the destination there first; check the path, that the user may open it, and"
+    " AllowStreamLocalForwarding in its sshd_config",
+    Tcp: "Start the destination there first; check host and port as seen from there, and AllowTcpForwarding and"
+    " PermitOpen in its sshd_config",
+}
 
 
 class _ForwardListener(Listener):

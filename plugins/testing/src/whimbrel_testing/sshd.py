@@ -36,6 +36,7 @@ PasswordAuthentication no
 KbdInteractiveAuthentication no
 PermitRootLogin yes
 PidFile none
+SetEnv HOME={folder}
 LogLevel VERBOSE
 """
 _CLIENT = """\
@@ -76,7 +77,7 @@ class Sshd:
 
     def start(self) -> None:
         """Again, after kill()."""
-        with self.log.open("ab") as log:
+        with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [self._binary, "-D", "-e", "-f", str(self.folder / "sshd_config")],
                 stdin=subprocess.DEVNULL,

@@ -29,6 +29,7 @@ _SOON = 1.0  # seconds from the end of a command's output to its exit status, an
 _ANSWERED = (
     2.0  # seconds that a command has to pass on a destination's last answer, before it is killed
 )
+_LAST_WORDS = 2.0  # seconds that a command has to end after it has refused
 _LOOK = 0.01
 
 
@@ -213,6 +214,17 @@ class SshChannel(Channel):
                 status=status if status > 0 else None,
                 hint="Run it there by hand to see why" if not said else None,
             )
+
+    def explain(self) -> str | None:
+        """How a command that has refused ended, and what it said last."""
+        if isinstance(self._end, Command):
+            with contextlib.suppress(ChannelError, *FAILURES), self._gate.inside():
+                self._channel.shutdown_write()  # it may wait for that
+                try:
+                    self._check_status(time.monotonic() + _LAST_WORDS)
+                except FarEndRefused as error:
+                    return error.message
+        return None
 
     # ---- ending
 

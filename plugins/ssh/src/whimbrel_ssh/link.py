@@ -247,7 +247,8 @@ class Link:
 
 def _end(transport: Protocol) -> None:
     transport.packetizer.complete_handshake()  # ends the thread that would time it out
-    transport.close()
+    with contextlib.suppress(*FAILURES):
+        transport.close()
     if transport.ident is not None:
         transport.join(_JOIN)
 
@@ -305,7 +306,8 @@ class _Keeper:
         """The connection may be open still: what is asked then ends with it."""
         self._stopped = True
         os.eventfd_write(self._wake, 1)
-        self._transport.close()
+        with contextlib.suppress(*FAILURES):  # of a connection inside another that is gone
+            self._transport.close()
         self._thread.join(_JOIN)
         os.close(self._wake)
 

@@ -53,7 +53,7 @@ def test_guest_counts_on_behind_sshd(
 def test_a_source_on_the_far_side_of_a_host_that_both_reach(
     host: Sshd, tmp_path: Path, qemu: QemuFactory, migctl: Callable[..., Any]
 ) -> None:
-    """migctl listens on a port of that host; the QEMU there needs nothing but the port."""
+    """A migctl listens on a port of that host; the QEMU there needs nothing but the port."""
     guest = counting_guest(tmp_path)
     before, file = tmp_path / "before.log", tmp_path / "guest.mig"
     source = qemu(*guest.args(before), capabilities={"return_path": True})

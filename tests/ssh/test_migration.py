@@ -117,7 +117,10 @@ def test_migctl_tells_what_is_missing(tmp_path):
         "sys.exit(run(sys.argv[1:]))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, "--plugins", "--json"], capture_output=True, text=True
+        [sys.executable, "-c", code, "--plugins", "--json"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     (ssh,) = [p for p in json.loads(done.stdout) if p["name"] == "ssh"]
     assert ssh["state"] == "needs"
@@ -126,6 +129,7 @@ def test_migctl_tells_what_is_missing(tmp_path):
         [sys.executable, "-c", code, "receive", "ssh://h/tcp:localhost:0", tmp_path / "f"],
         capture_output=True,
         text=True,
+        check=False,
     )
     assert done.returncode
     assert "pip install paramiko" in done.stderr

@@ -117,7 +117,10 @@ def test_unknown_host_is_refused_with_its_fingerprint(connect, sshd):
     server = sshd()
     server.known_hosts.write_text("")
     key = subprocess.run(
-        ["ssh-keygen", "-lf", server.folder / "host_key.pub"], capture_output=True, text=True
+        ["ssh-keygen", "-lf", server.folder / "host_key.pub"],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     fingerprint = key.stdout.split()[1]
     words = (server.name, fingerprint, "accept-new", "is unknown")
@@ -135,7 +138,7 @@ def test_accept_new_notes_the_key_and_never_takes_another(connect, sshd, caplog)
     make_key(server.folder / "host_key")
     server.start()
     for policy in ("strict", "accept-new"):
-        text = refused(HostKeyRefused, lambda: connect(ECHO, server, policy=policy))
+        text = refused(HostKeyRefused, lambda p=policy: connect(ECHO, server, policy=p))
         assert "has changed its key" in text
         assert f"ssh-keygen -R '{server.name}'" in text
 

@@ -80,6 +80,16 @@ def test_a_file_on_the_far_host(pair, host, tmp_path):
     assert load(file).ram_bytes > CONFIG.ram
 
 
+def test_a_command_that_only_takes_the_stream(pair, host, tmp_path):
+    file = tmp_path / "app.mig"
+    pair.source.call("migrate", uri=f"ssh://{host.name}/exec,answers=off:cat > {file}")
+    result = wait(pair.source)
+    assert (result["outcome"], result["acknowledged"]) == ("completed", False)
+    pair.destination.call("incoming", uri=f"ssh://{host.name}/exec:cat {file}")
+    assert wait(pair.destination)["outcome"] == "completed"
+    assert pair.destination.call("verify")["holds"]
+
+
 def test_a_full_disk_on_the_far_host(pair, host, tmp_path):
     """A limit of the shell is a disk that is full soon."""
     file = tmp_path / "app.mig"

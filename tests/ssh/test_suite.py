@@ -22,6 +22,7 @@ class SshSuite(TransportSuite):
         "//host/tcp:[::1]:1",
         "//[fe80::1%eth0]:22/exec:cat > 'x y' && echo a::b/c@d:e%20",
         "//a%40b@host/exec:cat",
+        "//host/exec,answers=off:cat > /srv/x",
     )
     bad_texts = (
         "",
@@ -52,6 +53,7 @@ class SshSuite(TransportSuite):
         "//host/tcp:host:",
         "//host/tcp:host:65536",
         "//host/exec:  ",
+        "//host/exec,answers=maybe:cat",
         "//host/ssh://other/unix:/x",
         "//host/zstd::unix:/x",
         "//host/file:/x",

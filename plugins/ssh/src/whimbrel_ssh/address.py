@@ -17,6 +17,7 @@ from whimbrel import UriError
 SYNTAX = "Write ssh://[USER@]HOST[:PORT]/unix:PATH, …/tcp:HOST:PORT or …/exec:COMMAND"
 #: sun_path, which holds 108 bytes with the final NUL, also bounds the far host's.
 _PATH_MAX = 107
+_NO_ANSWERS = ",answers=off"
 _AUTHORITY = re.compile(r"(?:([^@]*)@)?(\[[^\]]*\]|[^:@]*)(?::(.*))?", re.DOTALL)
 # Both end up in the shell command of a ProxyCommand: nothing that a shell or ssh could take for something else.
 _HOST = re.compile(r"[A-Za-z0-9._+%:][A-Za-z0-9._+%:-]*")
@@ -51,9 +52,11 @@ class Command:
     """A command for the login shell of the user on the far host."""
 
     command: str
+    #: Its standard output holds the destination's answers; otherwise its exit status alone is the result.
+    answers: bool = True
 
     def __str__(self) -> str:
-        return f"exec:{self.command}"
+        return f"exec{'' if self.answers else _NO_ANSWERS}:{self.command}"
 
 
 End = Unix | Tcp | Command
@@ -139,10 +142,10 @@ def _end(text: str) -> End:
         return _unix(rest)
     if colon and kind == "tcp":
         return _tcp(rest)
-    if colon and kind == "exec":
+    if colon and kind in ("exec", f"exec{_NO_ANSWERS}"):
         if not rest.strip():
             raise UriError("'exec:' has no command", hint="Write …/exec:COMMAND")
-        return Command(rest)
+        return Command(rest, answers=kind == "exec")
     hint = SYNTAX
     if kind == "ssh":
         hint = "To go through another host, name it as ProxyJump in ~/.ssh/config"

@@ -169,7 +169,7 @@ class SshChannel(Channel):
     def _silence(self) -> str | None:
         if self._answered or not isinstance(self._end, Command):
             return None
-        return "The command has not said a word: one that only swallows the stream needs the capability return-path off"
+        return "The command has not answered: for one that only takes the stream write exec,answers=off:COMMAND"
 
     def finish(self, deadline: float | None = None) -> None:
         """End what is sent; wait until a command has ended well, or the far host has all."""
@@ -282,7 +282,7 @@ class SshChannel(Channel):
         self._link.release()
 
     def return_path(self) -> Channel | None:
-        return self
+        return self if not isinstance(self._end, Command) or self._end.answers else None
 
     def open_extra(self, purpose: str, index: int) -> Channel:
         if self._open_extra is None:

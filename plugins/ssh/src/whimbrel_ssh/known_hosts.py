@@ -87,8 +87,8 @@ class KnownHosts:
         if not accept_new:
             raise HostKeyRefused(
                 f"host key: {self._name} is unknown; it shows the {shown}",
-                hint="Compare that with ssh-keygen -lf /etc/ssh/ssh_host_*_key.pub on the host, then connect once with ssh,"
-                " or set ssh-host-key=accept-new",
+                hint="Compare that with ssh-keygen -lf /etc/ssh/ssh_host_*_key.pub on the host, then connect once with ssh;"
+                " or let new keys be noted: StrictHostKeyChecking accept-new in ~/.ssh/config, ssh-host-key=accept-new in apps",
             )
         self._note(key)
         return True

@@ -12,6 +12,7 @@ import pytest
 
 from whimbrel_qemu import load
 from whimbrel_testing.harness import Pair
+from whimbrel_testing.peers import wait_until
 from whimbrel_testing.stress import StressConfig
 
 MIB = 1 << 20
@@ -69,6 +70,25 @@ def test_both_dial_out_to_a_host_between_them(pair, host):
     assert address.startswith(f"ssh://{host.name}/tcp:localhost:")
     pair.source.call("migrate", uri=address)
     moved(pair)
+
+
+def test_compressed(pair, host):
+    path = f"{pair.directory}/dst.sock"
+    pair.destination.call("incoming", uri=f"zstd::unix:{path}")
+    pair.source.call("migrate", uri=f"zstd::ssh://{host.name}/unix:{path}")
+    moved(pair)
+
+
+def test_a_cancel_on_the_way(pair, host, tmp_path):
+    """Nothing is left on the far host."""
+    file = tmp_path / "app.mig"
+    pair.source.call("set", **{"max-bandwidth": 2 * MIB})
+    pair.source.call("migrate", uri=f"ssh://{host.name}/exec:{MIGCTL} receive - {file}")
+    pair.source.wait_status("active")
+    pair.source.call("cancel")
+    assert wait(pair.source)["outcome"] == "cancelled"
+    assert pair.running() == ["source"]
+    wait_until(lambda: not list(tmp_path.glob("app.mig*")), "end of the command there")
 
 
 def test_a_file_on_the_far_host(pair, host, tmp_path):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pty
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 
@@ -181,6 +183,15 @@ def test_lines_of_known_hosts(connect, sshd, names, known):
         refused(HostKeyRefused, lambda: connect(ECHO, server), word)
 
 
+def test_a_host_is_asked_for_the_key_that_is_known(connect, sshd, tmp_path):
+    """It has others, too, which it would rather show."""
+    key = tmp_path / "ecdsa"
+    subprocess.run(["ssh-keygen", "-q", "-t", "ecdsa", "-N", "", "-f", key], check=True)
+    server = sshd(f"HostKey {tmp_path}/ecdsa\n")
+    server.know(tmp_path / "ecdsa.pub")
+    say_hello(connect(ECHO, server))
+
+
 # ---- being let in
 
 
@@ -209,6 +220,60 @@ def test_a_key_with_a_passphrase_needs_the_agent(connect, sshd, ssh_agent):
     environment = {**os.environ, "SSH_ASKPASS": str(ask), "SSH_ASKPASS_REQUIRE": "force"}
     subprocess.run(["ssh-add", "-q", key], env=environment, check=True)
     say_hello(connect(ECHO, server))
+
+
+ASK = """
+import sys
+from whimbrel import Role, TransportContext
+from whimbrel_ssh.transport import SshTransport
+transport = SshTransport()
+context = TransportContext(
+    role=Role.SOURCE, settings={"ssh-config": sys.argv[1], "ssh-host-key": "strict"}
+)
+with transport.connect(transport.parse(sys.argv[2]), context) as channel:
+    channel.send([b"hello"])
+    channel.finish()
+print("went through")
+"""
+
+
+@pytest.mark.parametrize("answer", ["a secret", "a guess"])
+def test_a_passphrase_is_asked_for_on_a_terminal(sshd, answer):
+    server = sshd()
+    make_key(server.folder / "user_key", "a secret")
+    (server.folder / "authorized_keys").write_text((server.folder / "user_key.pub").read_text())
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [
+            "setsid",
+            "-c",
+            "-w",
+            sys.executable,
+            "-c",
+            ASK,
+            server.config,
+            f"//{server.name}/exec:cat > /dev/null",
+        ],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+    )
+    os.close(theirs)
+    said = b""
+    try:
+        while b"Passphrase for" not in said:
+            said += os.read(ours, 1000)
+        os.write(ours, answer.encode() + b"\n")
+        with contextlib.suppress(OSError):  # EIO: the other side is closed
+            while data := os.read(ours, 1000):
+                said += data
+    finally:
+        os.close(ours)
+        process.wait(PATIENCE)
+    assert answer.encode() not in said
+    assert (b"went through" in said) is (answer == "a secret"), said
+    if answer != "a secret":
+        assert b"wrong passphrase" in said
 
 
 def test_the_key_that_is_named_comes_before_the_others_of_an_agent(connect, sshd, ssh_agent):

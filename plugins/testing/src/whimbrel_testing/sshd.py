@@ -15,7 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +26,7 @@ from whimbrel_testing.peers import PATIENCE, missing_peer, wait_until
 _PRIVILEGE_SEPARATION = Path("/run/sshd")  # the package makes it when its service starts
 
 _SERVER = """\
-ListenAddress 127.0.0.1
+ListenAddress {address}
 Port {port}
 HostKey {folder}/host_key
 AuthorizedKeysFile {folder}/authorized_keys
@@ -41,7 +41,7 @@ LogLevel VERBOSE
 """
 _CLIENT = """\
 Host {name}
-  HostName 127.0.0.1
+  HostName {address}
   Port {port}
   HostKeyAlias {name}
   IdentityFile {folder}/user_key
@@ -54,9 +54,19 @@ Host {name}
 class Sshd:
     """One server, and a user whom it lets in: `config` is for ssh -F, and knows it under `name`."""
 
-    def __init__(self, binary: str, folder: Path, name: str, options: str = "") -> None:
+    def __init__(
+        self,
+        binary: str,
+        folder: Path,
+        name: str,
+        options: str = "",
+        *,
+        address: str = "127.0.0.1",
+        within: Sequence[str] = (),
+    ) -> None:
+        """options: lines in front of its sshd_config. within: a command that runs it, as `ip netns exec NAME`."""
         self.folder, self.name = folder, name
-        self._binary = binary
+        self._command = [*within, binary]
         self.config = folder / "config"
         self.known_hosts = folder / "known_hosts"
         self.log = folder / "log"
@@ -65,8 +75,12 @@ class Sshd:
             make_key(folder / key)
         (folder / "authorized_keys").write_text((folder / "user_key.pub").read_text())
         self.port = _free_port()
-        (folder / "sshd_config").write_text(options + _SERVER.format(port=self.port, folder=folder))
-        self.config.write_text(_CLIENT.format(name=name, port=self.port, folder=folder))
+        (folder / "sshd_config").write_text(
+            options + _SERVER.format(address=address, port=self.port, folder=folder)
+        )
+        self.config.write_text(
+            _CLIENT.format(name=name, address=address, port=self.port, folder=folder)
+        )
         self.know(folder / "host_key.pub")
         self.process: subprocess.Popen[bytes] | None = None
         self.start()
@@ -79,7 +93,7 @@ class Sshd:
         """Again, after kill()."""
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [self._binary, "-D", "-e", "-f", str(self.folder / "sshd_config")],
+                [*self._command, "-D", "-e", "-f", str(self.folder / "sshd_config")],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

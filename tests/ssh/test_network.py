@@ -74,7 +74,7 @@ def begin(pair, far):
     pair.source.call("migrate", uri=f"ssh://{far.name}/unix:{path}")
 
 
-def test_a_machine_moves_over_a_slow_and_long_link(pair, far):
+def test_a_machine_moves_over_a_slow_link(pair, far):
     begin(pair, far)
     result = pair.source.call("wait", timeout=40)
     assert (result["outcome"], result["acknowledged"]) == ("completed", True), result

@@ -16,6 +16,7 @@ import paramiko
 
 from whimbrel_ssh.config import Host
 from whimbrel_ssh.errors import AuthRefused
+from whimbrel_ssh.protocol import FAILURES
 
 log = logging.getLogger("whimbrel.ssh")
 
@@ -52,7 +53,7 @@ class Authenticator:
                     log.debug("%s: %s", each.name, error)
                     if not transport.is_active():
                         raise self._refused("the host hung up after these") from error
-                except (paramiko.SSHException, EOFError, OSError) as error:
+                except FAILURES as error:
                     if not transport.is_active():
                         raise self._refused("the host hung up after these") from error
                     self.passed_over.append(f"{each.name} ({error})")

@@ -15,7 +15,8 @@ from whimbrel.channel import Buffer
 from whimbrel.waiting import Gate, call_in_thread
 from whimbrel_ssh.address import Command, End
 from whimbrel_ssh.errors import FarEndRefused, LinkLost
-from whimbrel_ssh.link import FAILURES, TICK, Link
+from whimbrel_ssh.link import TICK, Link
+from whimbrel_ssh.protocol import FAILURES
 from whimbrel_ssh.reach import printable
 
 log = logging.getLogger("whimbrel.ssh")

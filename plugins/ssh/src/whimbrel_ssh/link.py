@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
-import select
 import socket
 import threading
 import time
@@ -19,19 +17,18 @@ from typing import Any, TypeVar
 import paramiko
 
 from whimbrel import ChannelError, DeadlineExceeded
-from whimbrel.waiting import Gate, call_in_thread, wait_any
+from whimbrel.waiting import Gate, call_in_thread
 from whimbrel_ssh import reach
 from whimbrel_ssh.auth import Authenticator
 from whimbrel_ssh.config import Config, Host
 from whimbrel_ssh.errors import LinkLost, Unreachable
+from whimbrel_ssh.keepalive import JOIN, Keeper
 from whimbrel_ssh.known_hosts import KnownHosts
-from whimbrel_ssh.protocol import Protocol
+from whimbrel_ssh.protocol import FAILURES, Protocol
 
 T = TypeVar("T")
 log = logging.getLogger("whimbrel.ssh")
 
-#: Whatever paramiko's calls raise when something is wrong with the connection.
-FAILURES = (paramiko.SSHException, EOFError, OSError)
 #: Bytes that the far host may send ahead on each channel. It decides itself how many we may: OpenSSH says 2 MiB.
 WINDOW = 1 << 22
 _AUTH_TIMEOUT = 60.0  # seconds: an agent may ask its user
@@ -41,7 +38,6 @@ TICK = 0.2
 _LOST = (
     "Nothing is known of what the far host did since; look at the network, and at sshd's log there"
 )
-_JOIN = 5.0  # seconds for paramiko's thread to see that its connection is closed
 
 
 class Link:
@@ -57,7 +53,7 @@ class Link:
         self._sockets: list[Any] = []
         self._opened = self._abandoned = False
         self._users = 1
-        self._keeper: _Keeper | None = None
+        self._keeper: Keeper | None = None
 
     def run(
         self, call: Callable[[], T], *, deadline: float | None, cancel_fd: int | None, what: str
@@ -75,7 +71,7 @@ class Link:
         """Raises ChannelErrors that say how far it came."""
         try:
             self.transport = self._reach(host)
-            self._keeper = _Keeper(self.transport, host)
+            self._keeper = Keeper(self.transport, host)
             self._undo.callback(self._keeper.stop)
             with self._lock:
                 self._opened = True
@@ -250,66 +246,7 @@ def _end(transport: Protocol) -> None:
     with contextlib.suppress(*FAILURES):
         transport.close()
     if transport.ident is not None:
-        transport.join(_JOIN)
-
-
-class _Keeper:
-    """Asks the far host for signs of life, regularly and on request, on a thread of its own."""
-
-    def __init__(self, transport: Protocol, host: Host) -> None:
-        self._transport = transport
-        self._every = host.keepalive
-        self._patience = host.keepalive * host.keepalives
-        self._asked: float | None = None
-        self._lock = threading.Lock()
-        self._waiting: list[threading.Event] = []
-        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._stopped = False
-        self._thread = threading.Thread(target=self._run, name="ssh keepalive", daemon=True)
-        self._thread.start()
-
-    @property
-    def silent(self) -> float | None:
-        """For how many seconds the host has owed an answer, if that is too long."""
-        asked = self._asked
-        since = 0.0 if asked is None else time.monotonic() - asked
-        return since if self._every and since > self._patience else None
-
-    def ask(self) -> threading.Event:
-        """Set once the host has answered what was sent up to now, or the connection is broken."""
-        done = threading.Event()
-        with self._lock:
-            self._waiting.append(done)
-        os.eventfd_write(self._wake, 1)
-        return done
-
-    def _run(self) -> None:
-        while not self._stopped and self._transport.is_active():
-            with contextlib.suppress(DeadlineExceeded):
-                until = time.monotonic() + self._every if self._every else None
-                wait_any((self._wake,), select.POLLIN, deadline=until, what="work")
-                os.eventfd_read(self._wake)
-            if self._stopped:
-                break
-            with self._lock:
-                waiting, self._waiting = self._waiting, []
-            self._asked = time.monotonic()
-            with contextlib.suppress(*FAILURES):
-                self._transport.global_request("keepalive@openssh.com", wait=True)
-            self._asked = None
-            for each in waiting:
-                each.set()
-        for each in self._waiting:
-            each.set()
-
-    def stop(self) -> None:
-        """The connection may be open still: what is asked then ends with it."""
-        self._stopped = True
-        os.eventfd_write(self._wake, 1)
-        with contextlib.suppress(*FAILURES):  # of a connection inside another that is gone
-            self._transport.close()
-        self._thread.join(_JOIN)
-        os.close(self._wake)
+        transport.join(JOIN)
 
 
 def open_link(

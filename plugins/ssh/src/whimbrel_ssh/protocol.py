@@ -10,6 +10,9 @@ from typing import Any
 import paramiko
 from paramiko.common import MSG_CHANNEL_OPEN, cMSG_CHANNEL_REQUEST
 
+#: Whatever paramiko's calls raise when something is wrong with the connection.
+FAILURES = (paramiko.SSHException, EOFError, OSError)
+
 #: OpenSSH's PROTOCOL, section 2.4.
 _STREAMLOCAL = "direct-streamlocal@openssh.com"
 _LOG = "whimbrel.ssh.protocol"
@@ -106,7 +109,7 @@ class Protocol(paramiko.Transport):
 
     def _send_deferred(self) -> None:
         while True:
-            with contextlib.suppress(paramiko.SSHException, EOFError, OSError):
+            with contextlib.suppress(*FAILURES):
                 super()._send_user_message(self._deferred[0])  # type: ignore[misc]
             with self._deferring:
                 self._deferred.pop(0)

@@ -28,7 +28,8 @@ from whimbrel_ssh.address import Command, End, SshAddress, Tcp, Unix
 from whimbrel_ssh.channel import SshChannel
 from whimbrel_ssh.config import Config, Host
 from whimbrel_ssh.errors import FarEndRefused
-from whimbrel_ssh.link import FAILURES, TICK, Link, open_link
+from whimbrel_ssh.link import TICK, Link, open_link
+from whimbrel_ssh.protocol import FAILURES
 
 _SOON = 2.0  # seconds that a host has to stop listening
 

@@ -179,9 +179,8 @@ class Link:
             self.kill()
             raise LinkLost(f"{self.name}: link lost: no answer for {silent:.0f} s", hint=_LOST)
         if not self.transport.is_active():
-            reason = self.transport.get_exception()
-            why = f": {reason}" if reason is not None and str(reason) else ""
-            raise LinkLost(f"{self.name}: link lost{why}", hint=_LOST)
+            reason = str(self.transport.get_exception() or "") or "the connection ended"
+            raise LinkLost(f"{self.name}: link lost: {reason}", hint=_LOST)
 
     def round_trip(self, look: Callable[[], None], deadline: float | None) -> None:
         """Return once the far host has received all that was sent before. look: may raise what ends the wait."""

@@ -82,7 +82,7 @@ def test_compressed(pair, host):
 def test_a_cancel_on_the_way(pair, host, tmp_path):
     """Nothing is left on the far host."""
     file = tmp_path / "app.mig"
-    pair.source.call("set", **{"max-bandwidth": 2 * MIB})
+    pair.source.call("set", **{"max-bandwidth": 200_000})
     pair.source.call("migrate", uri=f"ssh://{host.name}/exec:{MIGCTL} receive - {file}")
     pair.source.wait_status("active")
     pair.source.call("cancel")
@@ -127,7 +127,7 @@ def test_a_command_that_is_not_there(pair, host):
 def test_a_host_that_dies_on_the_way(pair, sshd):
     server = sshd()
     path = f"{pair.directory}/dst.sock"
-    pair.source.call("set", **{"ssh-config": str(server.config), "max-bandwidth": 4 * MIB})
+    pair.source.call("set", **{"ssh-config": str(server.config), "max-bandwidth": 200_000})
     pair.destination.call("incoming", uri=f"unix:{path}")
     pair.source.call("migrate", uri=f"ssh://{server.name}/unix:{path}")
     pair.source.wait_status("active")

@@ -86,7 +86,7 @@ def test_a_machine_moves_over_a_slow_link(pair, far):
 
 
 def test_a_link_that_goes_down_leaves_the_machine_here(pair, far):
-    pair.source.call("set", **{"max-bandwidth": 2 * MIB})
+    pair.source.call("set", **{"max-bandwidth": 200_000})
     begin(pair, far)
     pair.source.wait_status("active")
     ip("link", "set", HERE, "down")

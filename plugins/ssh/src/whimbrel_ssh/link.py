@@ -53,6 +53,7 @@ class Link:
         self._sockets: list[Any] = []
         self._opened = self._abandoned = False
         self._users = 1
+        self._lost: str | None = None  # why
         self._keeper: Keeper | None = None
 
     def run(
@@ -173,14 +174,16 @@ class Link:
 
     def check(self) -> None:
         """Raises LinkLost when the connection is broken or the host does not answer any more."""
-        self._gate.check()
-        silent = self._keeper.silent if self._keeper is not None else None
-        if silent is not None:
-            self.kill()
-            raise LinkLost(f"{self.name}: link lost: no answer for {silent:.0f} s", hint=_LOST)
-        if not self.transport.is_active():
-            reason = str(self.transport.get_exception() or "") or "the connection ended"
-            raise LinkLost(f"{self.name}: link lost: {reason}", hint=_LOST)
+        if self._lost is None:
+            self._gate.check()
+            silent = self._keeper.silent if self._keeper is not None else None
+            if silent is not None:
+                self._lost = f"no answer for {silent:.0f} s"
+                self.kill()
+            elif not self.transport.is_active():
+                self._lost = str(self.transport.get_exception() or "") or "the connection ended"
+        if self._lost is not None:
+            raise LinkLost(f"{self.name}: link lost: {self._lost}", hint=_LOST)
 
     def round_trip(self, look: Callable[[], None], deadline: float | None) -> None:
         """Return once the far host has received all that was sent before. look: may raise what ends the wait."""

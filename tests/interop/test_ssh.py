@@ -1,5 +1,6 @@
 """QEMU -> migctl relay -> sshd -> QEMU, and QEMU -> migctl receive at the far end of an ssh: the guest counts on."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -65,3 +66,38 @@ def test_a_source_on_the_far_side_of_a_host_that_both_reach(
     source.wait_migration("completed")
     assert received["acknowledged"]
     assert received["sections"] > 10
+
+
+def test_two_qemus_that_both_dial_out(
+    host: Sshd,
+    tmp_path: Path,
+    qemu: QemuFactory,
+    migctl: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bridged on both sides: the destination listens on a port of a host between them."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    guest = counting_guest(tmp_path)
+    before, after = tmp_path / "before.log", tmp_path / "after.log"
+    src, dst = (f"unix:{tmp_path}/{name}.qmp" for name in ("src", "dst"))
+    source, target = (
+        qemu(*guest.args(log), *("-qmp", f"{monitor},server=on,wait=off"), *more, version=version)
+        for log, monitor, more, version in (
+            (before, src, (), "7.2"),
+            (after, dst, ("-incoming", "defer"), "10.0"),
+        )
+    )
+    for one in (source, target):
+        one.capabilities(return_path=True)
+    wait_counting(before)
+    listening = migctl("-m", dst, "incoming", f"ssh://{host.name}/tcp:localhost:0")
+    address = listening.address()
+    assert address.startswith(f"ssh://{host.name}/tcp:localhost:")
+    migrating = migctl("-m", src, "migrate", address)
+    out, errors = migrating.process.communicate(timeout=60)
+    assert migrating.process.returncode == 0, (out, errors)
+    assert json.loads(out.splitlines()[-1])["acknowledged"] is True
+    target.wait_status("running")
+    wait_counting(before, after, beyond=last_number(before))
+    target.qmp("stop")
+    check_count(before, after)

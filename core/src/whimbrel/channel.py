@@ -92,6 +92,13 @@ class Channel(abc.ABC):
         """A further channel to the same peer (multifd, preempt), on the source."""
         raise ChannelError(f"{self.name} has room for one channel only, none for {purpose} {index}")
 
+    def explain(self) -> str | None:
+        """What the far end said of its own failure (the last words of a command), for a message; None: nothing is known.
+
+        Called after the destination has refused or hung up, when nothing more is sent. May wait a moment; never raises.
+        """
+        return None
+
     def raw_fd(self, direction: str) -> int | None:
         """A descriptor on which raw read ('read') or write ('write') equals recv and send, or None.
 
@@ -143,6 +150,9 @@ class WrappedChannel(Channel):
 
     def close(self) -> None:
         self.inner.close()
+
+    def explain(self) -> str | None:
+        return self.inner.explain()
 
     def return_path(self) -> Channel | None:
         way_back = self.inner.return_path()

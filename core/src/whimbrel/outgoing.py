@@ -50,6 +50,7 @@ log = logging.getLogger("whimbrel.outgoing")
 SIGNIFICANT = 10_000
 #: How long the source waits at the start for the answer that shows the length of the way; a destination need not give one.
 ROUND_TRIP_PATIENCE = 1.0
+_ITS_LOG = "Its own log says why"
 
 
 class Outgoing(Run):
@@ -395,18 +396,19 @@ class Outgoing(Run):
         except EndOfStream as error:
             raise EndOfStream(
                 "the destination closed the connection without an answer",
-                hint="Its own log says why",
+                hint=self._answers.channel.explain() or _ITS_LOG,
             ) from error
 
     def _note(self, answer: Answer, data: bytes) -> None:
         """An answer that nobody waits for: refusals end the migration."""
         log.debug("answer %s %s", answer.name, data.hex())
+        assert self._answers is not None
         if answer is Answer.SHUT:
             status = struct.unpack(">I", data)[0]
             if status:
                 raise PeerError(
                     f"the destination refused the migration (status {status})",
-                    hint="Its own log says why",
+                    hint=self._answers.channel.explain() or _ITS_LOG,
                 )
             raise StreamError("the destination said that it is done before the end of the stream")
         if answer is Answer.PONG:

@@ -74,7 +74,11 @@ def human(size: float) -> str:
 
 def event(event: str, **members: object) -> None:
     """One line of JSON on standard output."""
-    click.echo(json.dumps({"event": event, **members}))
+    click.echo(_line(event, **members))
+
+
+def _line(event: str, **members: object) -> str:
+    return json.dumps({"event": event, **members})
 
 
 def _render(progress: Progress) -> RenderableType:
@@ -192,15 +196,20 @@ def receive(
     FILE holds each page of RAM once, and all else as the source sent it. It gets its name when everything is on disk;
     a source that asks for an answer (QEMU's capability return-path) gets it after that. If anything fails before, there
     is no FILE and the source runs on. `migctl send` puts FILE into a destination, as often as you like.
+
+    The URI - is standard input; the answers to the source go to standard output, and all else to standard error output.
+    That is for the far end of a pipe or of ssh: ssh://host2/exec:migctl receive - /srv/guest.mig
     """
     from whimbrel_qemu.guest import MAX_RAM
     from whimbrel_qemu.progress import Progress
     from whimbrel_qemu.receiving import receive as run
 
+    standard = uri == "-"
+
     def listening(addresses: tuple[str, ...]) -> None:
         if as_json:
-            event("listening", addresses=addresses)
-        else:
+            click.echo(_line("listening", addresses=addresses), err=standard)
+        elif not standard:
             click.echo(f"listening at {' '.join(addresses) or uri}", err=True)
 
     progress = Progress()
@@ -215,7 +224,7 @@ def receive(
             progress=progress,
         )
     if as_json:
-        event(
+        line = _line(
             "received",
             file=str(got.path),
             machine=got.machine_type,
@@ -228,6 +237,7 @@ def receive(
             seconds=round(got.seconds, 3),
             acknowledged=got.acknowledged,
         )
+        click.echo(line, err=standard)
         return
     told = (
         "the source was told" if got.acknowledged else "the source asked for no answer, or was gone"
@@ -237,7 +247,8 @@ def receive(
     )
     click.echo(
         f"{got.path}: {got.machine_type or 'an old machine type'}, {got.run_state or 'running'},"
-        f" {human(got.ram_bytes)} RAM, {devices}, {human(got.file_bytes)} on disk after {got.seconds:.1f} s; {told}"
+        f" {human(got.ram_bytes)} RAM, {devices}, {human(got.file_bytes)} on disk after {got.seconds:.1f} s; {told}",
+        err=standard,
     )
     if got.verbatim_from is not None:
         click.echo(

@@ -12,6 +12,7 @@ import fcntl
 import functools
 import logging
 import os
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 import attrs
 
 from whimbrel.channel import Channel, Listener, Role
-from whimbrel.descriptors import DescriptorChannel
+from whimbrel.descriptors import DescriptorChannel, ReadyListener
 from whimbrel.errors import (
     ChannelError,
     DeadlineExceeded,
@@ -100,7 +101,8 @@ def receive(
     on_listening: Callable[[tuple[str, ...]], None] = lambda _: None,
     progress: Progress | None = None,
 ) -> Received:
-    """Listen at uri, take one migration, and keep it in the file.
+    """Listen at uri, take one migration, and keep it in the file. The uri '-' is standard input, standard output being the
+    way back where it is a pipe or a socket.
 
     force: replace a file that exists. max_ram: bytes of RAM that are accepted. dialect: the form that the
     stream must have; None: it shows. named_fds: descriptors for fd:NAME.
@@ -119,7 +121,7 @@ def receive(
     cancel_fd = os.eventfd(0, os.EFD_CLOEXEC)
     try:
         context = kernel.context(Role.DESTINATION, cancel_fd)
-        with kernel.route(uri).listen(context) as listener:
+        with _standard() if uri == "-" else kernel.route(uri).listen(context) as listener:
             progress.begin("waiting for the source")
             on_listening(listener.addresses)
             with listener.accept() as channel:
@@ -134,6 +136,19 @@ def receive(
                 )
     finally:
         os.close(cancel_fd)
+
+
+class _StandardChannel(DescriptorChannel):
+    def return_path(self) -> Channel | None:
+        fd = self.raw_fd("write")
+        mode = 0 if fd is None else os.fstat(fd).st_mode
+        return self if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else None
+
+
+def _standard() -> Listener:
+    """Has the one channel that the process was given."""
+    channel = _StandardChannel(read_fd=os.dup(0), write_fd=os.dup(1), name="standard input")
+    return ReadyListener(channel, "-")
 
 
 def receive_from(

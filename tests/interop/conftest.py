@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,9 @@ class Migctl:
     def event(self, name: str) -> dict[str, Any]:
         """The next line of its output, which must be that event."""
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        line = b""  # byte by byte: what a buffer held would be missing in communicate()
+        while not line.endswith(b"\n") and (byte := os.read(self.process.stdout.fileno(), 1)):
+            line += byte
         assert line, f"no {name}: {self.failed() if self.process.wait(PATIENCE) else ''}"
         event: dict[str, Any] = json.loads(line)
         assert event.pop("event") == name

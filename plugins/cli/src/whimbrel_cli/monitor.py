@@ -9,21 +9,16 @@ import asyncio
 import contextlib
 import errno
 import os
-import re
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, Self, TypeVar
+from typing import Any, Self, TypeVar
 
-from whimbrel.errors import ChannelError, LocalError, UriError
+from whimbrel.errors import ChannelError, LocalError
 from whimbrel_cli.logs import printable
-
-if TYPE_CHECKING:
-    from qemu.qmp.protocol import SocketAddrT
+from whimbrel_cli.uris import parse_address
 
 T = TypeVar("T")
 
 PATIENCE = 10.0  # seconds for an answer
-_LAST_PORT = 0xFFFF
-_HOST_PORT = re.compile(r"(?P<host>\[[^\]]+\]|[^/:]*):(?P<port>\d{1,9})")
 
 
 class Refused(LocalError):
@@ -46,22 +41,6 @@ class Gone(ChannelError):
 
 class Taken(Gone):
     """The monitor is there and does not greet: it serves another program, or the machine hangs."""
-
-
-def parse_address(text: str) -> SocketAddrT:
-    """PATH, unix:PATH, HOST:PORT or tcp:HOST:PORT. Raises UriError."""
-    match = _HOST_PORT.fullmatch(text.removeprefix("tcp:"))
-    if match is None or text.startswith("unix:"):
-        path = text.removeprefix("unix:")
-        if not path or "\0" in path or text.startswith("tcp:"):
-            raise UriError(
-                f"'{printable(text)}' names no monitor", hint="Write unix:PATH or HOST:PORT"
-            )
-        return path
-    port = int(match["port"])
-    if port > _LAST_PORT:
-        raise UriError(f"there is no port {port} ('{text}')", hint=f"The last is {_LAST_PORT}")
-    return match["host"].strip("[]") or "localhost", port
 
 
 class Monitor:

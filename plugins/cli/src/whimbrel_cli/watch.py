@@ -46,7 +46,7 @@ def watch(ctx: click.Context, interval: float, as_json: bool) -> None:
     Without a terminal, or with --json, each change is a line on standard output.
     """
     from whimbrel_cli.looking import Looker
-    from whimbrel_cli.monitor import parse_address
+    from whimbrel_cli.uris import parse_address
 
     if interval < _TICK:
         raise click.BadParameter(f"at least {units.time(_TICK)}", ctx, param_hint="--interval")

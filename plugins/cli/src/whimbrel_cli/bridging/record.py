@@ -17,7 +17,7 @@ from typing import IO, Any
 from whimbrel.errors import LocalError, StateError
 from whimbrel_cli import units
 from whimbrel_cli.bridging.words import State
-from whimbrel_cli.monitor import parse_address
+from whimbrel_cli.uris import parse_address
 
 #: A process stands behind these, unless it was killed.
 LIVE = (State.CONNECTING, State.LISTENING, State.PUMPING)

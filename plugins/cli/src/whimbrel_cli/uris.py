@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 _QEMU = frozenset({"tcp", "unix", "vsock", "fd", "exec", "rdma"})
 _FILE_SINCE = (8, 2)
 
-
 _LAST_PORT = 0xFFFF
 _HOST_PORT = re.compile(r"(?P<host>\[[^\]]+\]|[^/:]*):(?P<port>\d{1,9})")
 

@@ -13,7 +13,7 @@ from whimbrel.stream import InStream
 from whimbrel.wire.format import ItemType
 from whimbrel.wire.items import SectionHeader
 
-ZERO, MEM_SIZE, PAGE, EOS, CONTINUE = 0x02, 0x04, 0x08, 0x10, 0x20
+ZERO, MEM_SIZE, PAGE, EOS, CONTINUE, XBZRLE = 0x02, 0x04, 0x08, 0x10, 0x20, 0x40
 
 
 class Refused(Exception):
@@ -22,11 +22,11 @@ class Refused(Exception):
 
 @attrs.frozen
 class Record:
-    """One page record: a page number, its fill byte or its bytes, and whether the idstr is left out."""
+    """One page record: a page number, its fill byte, its bytes or its changes, and whether the idstr is left out."""
 
     idstr: str
     page: int
-    data: int | bytes
+    data: int | bytes | list[tuple[int, bytes]]
     short: bool
 
 
@@ -60,7 +60,7 @@ def slow_decode(data, sizes, page_size, block=None):
         kind = flags & ~CONTINUE
         if kind == EOS:
             return records, at, block
-        if kind not in (ZERO, PAGE):
+        if kind not in (ZERO, PAGE, XBZRLE):
             raise Refused(f"flags {flags:#x}")
         if not short:
             name = take(take(1)[0]).decode("latin-1")
@@ -69,15 +69,58 @@ def slow_decode(data, sizes, page_size, block=None):
             block = name
         if block is None:
             raise Refused("CONTINUE first")
+        if kind == XBZRLE:
+            encoding, length = struct.unpack(">BH", take(3))
+            if encoding != 1 or length > page_size:
+                raise Refused("head of a delta")
         if where >= sizes[block]:
             raise Refused(f"offset {where:#x}")
-        body = take(1)[0] if kind == ZERO else bytes(take(page_size))
+        if kind == XBZRLE:
+            body = slow_changes(take(length), page_size)
+        else:
+            body = take(1)[0] if kind == ZERO else bytes(take(page_size))
         records.append(Record(block, where // page_size, body, short))
+
+
+def slow_changes(delta, page_size):
+    """(where in the page, new bytes) of a XBZRLE record. Raises Refused."""
+    at = place = 0
+    changes = []
+
+    def uleb():
+        nonlocal at
+        if at == len(delta):
+            raise Refused("a run is missing")
+        value = delta[at]
+        at += 1
+        if value > 127:
+            if at == len(delta):
+                raise Refused("half a length")
+            value = value & 127 | delta[at] << 7
+            at += 1
+        return value
+
+    while at < len(delta):
+        gap = uleb()
+        if changes and not gap:
+            raise Refused("an unchanged run of nothing")
+        count = uleb()
+        if not count or at + count > len(delta) or place + gap + count > page_size:
+            raise Refused("a changed run of nothing, or too long")
+        place += gap
+        changes.append((place, bytes(delta[at : at + count])))
+        place, at = place + count, at + count
+    return changes
 
 
 def slow_apply(records, memory, page_size):
     """Put records into memory: name → bytearray."""
     for r in records:
+        if isinstance(r.data, list):
+            for place, changed in r.data:
+                start = r.page * page_size + place
+                memory[r.idstr][start : start + len(changed)] = changed
+            continue
         page = bytes([r.data]) * page_size if isinstance(r.data, int) else r.data
         memory[r.idstr][r.page * page_size : (r.page + 1) * page_size] = page
 

@@ -267,7 +267,11 @@ def sample(slow):
     records += [slow.Record("ram", i, 0, True) for i in range(1, 20)]
     records += [slow.Record("ram", i, page_of(i), True) for i in range(20, 27)]
     records += [slow.Record("vga.vram", 3, page_of(99), False), slow.Record("ram", 30, 4, False)]
-    return slow.encode(records, SMALL) + slow.EOS
+    deltas = b"".join(
+        struct.pack(">QBH", page * SMALL | 0x60, 1, 10) + b"\3\2ab\x81\1\3xyz"
+        for page in (5, 21, 5, 9)
+    )
+    return slow.encode(records, SMALL) + deltas + slow.EOS
 
 
 def test_a_stream_cut_at_any_byte_ended_early(slow):

@@ -1,11 +1,12 @@
 """How fast RAM moves: ours beside QEMU's own migration and beside a raw copy through the same kind of socket.
 
-    python benchmarks/ram.py [--size 1G] [--runs 5] [--json] [--channel tcp unix] [--content random zero]
+    python benchmarks/ram.py [--size 1G] [--runs 5] [--json] [--channel tcp unix] [--content random zero] [--multifd N]
 
 Each figure is guest RAM over the time of the whole migration as the source measures it, set-up and switchover included,
 in 10^9 bytes a second. Two processes each, both ends warm: every page was touched before (first touches cost 2 to 20
 microseconds a page and would be all that is measured). The three take turns, so that a noisy moment hits all; medians
-and their ratios are printed. The bandwidth limit is lifted on both.
+and their ratios are printed. The bandwidth limit is lifted on both. With --multifd both send over N channels beside the main
+one; the raw copy keeps to one.
 """
 
 from __future__ import annotations
@@ -63,23 +64,25 @@ class Side:
     def fill(self, content: str) -> None:
         fill(self.block.view, content)
 
-    def _kernel(self) -> Kernel:
+    def _kernel(self, multifd: int) -> Kernel:
         machine = Machine("bench-1.0")
         machine.add(self.block)
         kernel = Kernel(machine)
         kernel.settings["max-bandwidth"] = 0
+        if multifd:
+            kernel.settings.update({"multifd": True, "multifd-channels": multifd})
         return kernel
 
-    def listen(self, uri: str) -> str:
-        self.kernel = self._kernel()
+    def listen(self, uri: str, multifd: int) -> str:
+        self.kernel = self._kernel(multifd)
         self.incoming = self.kernel.incoming(uri, autostart=False)
         return self.incoming.addresses[0]
 
     def received(self) -> None:
         self.incoming.wait(PATIENCE)
 
-    def send(self, uri: str) -> float:
-        kernel = self._kernel()
+    def send(self, uri: str, multifd: int) -> float:
+        kernel = self._kernel(multifd)
         kernel.migrate(uri).wait(PATIENCE)
         return float(kernel.query()["total-time"]) / 1000
 
@@ -166,10 +169,10 @@ class Remote:
         self.process.join(PATIENCE)
 
 
-def ours(source: Remote, destination: Remote, uri: str) -> float:
-    address = destination("listen", uri)
+def ours(source: Remote, destination: Remote, uri: str, multifd: int) -> float:
+    address = destination("listen", uri, multifd)
     received = destination.start("received")
-    seconds = source("send", address)
+    seconds = source("send", address, multifd)
     received()
     return float(seconds)
 
@@ -239,7 +242,7 @@ def qemu(folder: Path, name: str, memory: Path, size: int, *more: str) -> Iterat
         process.wait()
 
 
-def qemus(folder: Path, files: tuple[Path, Path], size: int, uri: str) -> float:
+def qemus(folder: Path, files: tuple[Path, Path], size: int, uri: str, multifd: int) -> float:
     with (
         qemu(folder, "dst", files[1], size, "-incoming", "defer") as dst,
         qemu(folder, "src", files[0], size) as src,
@@ -247,6 +250,11 @@ def qemus(folder: Path, files: tuple[Path, Path], size: int, uri: str) -> float:
         if uri.startswith("tcp"):
             with socket.create_server(("127.0.0.1", 0)) as probe:
                 uri = f"tcp:127.0.0.1:{probe.getsockname()[1]}"
+        if multifd:
+            for side in (src, dst):
+                on = [{"capability": "multifd", "state": True}]
+                side("migrate-set-capabilities", capabilities=on)
+                side("migrate-set-parameters", **{"multifd-channels": multifd})
         dst("migrate-incoming", uri=uri)
         src("migrate-set-parameters", **{"max-bandwidth": 1 << 40})
         src("migrate", uri=uri)
@@ -263,7 +271,7 @@ def qemus(folder: Path, files: tuple[Path, Path], size: int, uri: str) -> float:
 
 
 def compare(
-    size: int, runs: int, channels: list[str], contents: list[str], *, with_qemu: bool
+    size: int, runs: int, channels: list[str], contents: list[str], *, multifd: int, with_qemu: bool
 ) -> list[dict[str, Any]]:
     rows = []
     with ExitStack() as stack:
@@ -285,11 +293,11 @@ def compare(
                     fill(np.memmap(file, np.uint8, "r+"), what)
             for channel in channels:
                 ways: dict[str, Callable[[str], float]] = {
-                    "ours": lambda uri: ours(source, destination, uri),
+                    "ours": lambda uri: ours(source, destination, uri, multifd),
                     "raw": lambda uri: raw(source, destination, uri),
                 }
                 if with_qemu:
-                    ways["qemu"] = lambda uri: qemus(folder, files, size, uri)
+                    ways["qemu"] = lambda uri: qemus(folder, files, size, uri, multifd)
                 times: dict[str, list[float]] = {way: [] for way in ways}
                 for run in range(runs + 1):
                     for way, measure in ways.items():
@@ -338,6 +346,7 @@ def main() -> None:
     parser.add_argument(
         "--content", nargs="+", choices=("random", "zero"), default=["random", "zero"]
     )
+    parser.add_argument("--multifd", type=int, default=0, metavar="N", help="over N channels")
     parser.add_argument("--without-qemu", action="store_true")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     arguments = parser.parse_args()
@@ -345,7 +354,9 @@ def main() -> None:
     if not with_qemu and not arguments.without_qemu:
         print(f"no {QEMU} here: ours beside the raw copy only", file=sys.stderr)
     rows = compare(
-        arguments.size, arguments.runs, arguments.channel, arguments.content, with_qemu=with_qemu
+        *(arguments.size, arguments.runs, arguments.channel, arguments.content),
+        multifd=arguments.multifd,
+        with_qemu=with_qemu,
     )
     if arguments.json:
         json.dump(

@@ -253,6 +253,43 @@ def test_a_destination_without_it_says_so(writer, tmp_path):
     assert not there.is_running
 
 
+@pytest.mark.parametrize("machine_type", ["m-1", "pc-i440fx-9.2"])
+@pytest.mark.parametrize(
+    "size", [2 * MIB, 24 * MIB]
+)  # all of a channel's pages fit a buffer, or not
+@pytest.mark.parametrize(
+    ("here", "there", "why"),
+    [
+        ({"multifd_channels": 3}, {}, "more than 2 multifd channels|a multifd channel too many"),
+        ({"multifd_compression": "zlib"}, {}, "packed by another method"),
+    ],
+)
+def test_sides_that_differ(writer, here, there, why, machine_type, size):
+    source, machine = writer(writes=False, size=size), destination(size, machine_type)
+    source.machine.machine_type = machine_type
+    incoming = kernel(machine, **there).incoming("tcp:127.0.0.1:0")
+    with pytest.raises(MigrationError):
+        kernel(source.machine, **here).migrate(incoming.addresses[0]).wait(20)
+    with pytest.raises(MigrationError, match=why):
+        incoming.wait(20)
+    assert source.machine.is_running
+    assert not machine.is_running
+
+
+def test_a_source_without_it(writer, monkeypatch):
+    monkeypatch.setattr("whimbrel_ram.multifd.receiving.PATIENCE", 1.0)
+    for machine_type in ("m-1", "pc-i440fx-9.2"):
+        source, machine = writer(writes=False), destination(machine_type=machine_type)
+        source.machine.machine_type = machine_type
+        incoming = kernel(machine).incoming("tcp:127.0.0.1:0")
+        with pytest.raises(MigrationError):
+            Kernel(source.machine).migrate(incoming.addresses[0]).wait(20)
+        with pytest.raises(MigrationError, match=r"0 of 2 multifd channels.*Switch multifd on"):
+            incoming.wait(20)
+        assert source.machine.is_running
+        assert not machine.is_running
+
+
 def test_a_transport_with_room_for_one_channel_is_refused(writer):
     source = writer(writes=False)
     ours, theirs = socket.socketpair()
@@ -327,9 +364,9 @@ def lie(tmp_path, monkeypatch):
     """Plays a source against a destination with two channels; the error that it ends with."""
     monkeypatch.setattr("whimbrel_ram.multifd.receiving.PATIENCE", 1.0)
 
-    def play(story, channels=2, machine_type="m-1", marker=b""):
+    def play(story, channels=2, machine_type="m-1", marker=b"", **values):
         there = destination(machine_type=machine_type)
-        incoming = kernel(there).incoming(f"unix:{tmp_path}/m")
+        incoming = kernel(there, **values).incoming(f"unix:{tmp_path}/m")
         liar = Liar(f"{tmp_path}/m", channels)
         with contextlib.closing(liar):
             liar.begin(machine_type, marker)
@@ -353,6 +390,26 @@ def test_channels_that_do_not_come(lie):
 
 def test_a_channel_that_is_silent(lie):
     assert "nothing has come on multifd channel 1" in lie(lambda s: s.packet(0, flags=wire.SYNC))
+
+
+def test_a_channel_that_is_slow_is_waited_for(tmp_path, monkeypatch):
+    """As long as something comes: a packet may take longer than a silent channel is waited for."""
+    monkeypatch.setattr("whimbrel_ram.multifd.receiving.PATIENCE", 0.5)
+    there = destination()
+    incoming = kernel(there).incoming(f"unix:{tmp_path}/m")
+    liar = Liar(f"{tmp_path}/m", 2)
+    with contextlib.closing(liar):
+        liar.begin()
+        liar.packet(0, flags=wire.SYNC)
+        head = wire.encode(wire.Packet(flags=wire.SYNC), PAGE)
+        for i in range(0, len(head), 200):
+            assert not incoming.done
+            liar.extra[1].sendall(head[i : i + 200])
+            threading.Event().wait(0.2)
+        liar.sync()
+        liar.end()
+        incoming.wait(30)
+    assert there.is_running
 
 
 def test_a_channel_that_ends_before_its_sync(lie):
@@ -381,6 +438,17 @@ def test_an_unknown_block(lie):
         s.end()
 
     assert "multifd channel 1: a multifd packet for an unknown RAM block 'rom'" in lie(story)
+
+
+@pytest.mark.parametrize("method", ["zlib", "zstd"])
+def test_pages_without_data(lie, method):
+    def story(s):
+        s.sync()
+        s.packet(0, normal=one(), flags=packing.flag(method))
+        s.sync()
+        s.end()
+
+    assert "cannot be unpacked" in lie(story, multifd_compression=method)
 
 
 def flushed(machine_type="pc-i440fx-9.2"):

@@ -13,6 +13,7 @@ import numpy as np
 
 from whimbrel.errors import (
     Cancelled,
+    ChannelError,
     DeadlineExceeded,
     EndOfStream,
     MigrationError,
@@ -32,6 +33,7 @@ log = logging.getLogger("whimbrel.ram")
 _LOOK = 0.1  # seconds between two looks for a cancel, or for the end
 #: Seconds without a byte on a channel that is waited for.
 PATIENCE = 30.0
+_ALIKE = "Switch multifd on at both sides, with multifd-channels alike"
 
 
 @attrs.define(eq=False)
@@ -43,6 +45,7 @@ class _Arrived:
     syncs: int = 0
     #: Pages since the last sync.
     loose: int = 0
+    #: Bytes; counted by its thread alone.
     received: int = 0
     ended: bool = False
     writing: bool = False
@@ -117,11 +120,15 @@ class Receivers:
         with self._changed:
             self._check()
             self._sealed = True
+        self._last_look()
+        with self._changed:
             while any(c.writing for c in self._arrived):
                 self._changed.wait()
             self._check()
             ahead = [c for c in self._arrived if c.syncs > self._released]
             late = [c for c in self._arrived if c.loose]
+        if not self._arrived:
+            raise self._missing(1)
         if ahead or not self._released:
             raise StreamError(
                 "the main channel tells of fewer syncs than the multifd channels bring",
@@ -137,6 +144,15 @@ class Receivers:
                 expected="a sync after the last page",
                 found=f"{sum(c.loose for c in late)} pages",
             )
+
+    def _last_look(self) -> None:
+        """Should the thread that accepts be late."""
+        try:
+            channel = self._accept(time.monotonic())
+        except ChannelError:
+            return
+        channel.close()
+        raise self._too_many()
 
     @property
     def failure(self) -> BaseException | None:
@@ -177,6 +193,14 @@ class Receivers:
                 hint="The source has failed, or has lost that connection",
             )
 
+    def _too_many(self) -> MigrationError:
+        return StreamError(
+            f"more than {self._count} multifd channels came",
+            section="ram",
+            expected=f"{self._count} channels",
+            hint=_ALIKE,
+        )
+
     def _missing(self, due: int) -> MigrationError:
         came = [c for c in self._arrived if c.number is not None]
         if len(came) < self._count:
@@ -185,7 +209,7 @@ class Receivers:
                 section="ram",
                 expected=f"{self._count} channels",
                 found=len(came),
-                hint="Set multifd-channels alike on both sides",
+                hint=_ALIKE,
             )
         late = ", ".join(str(c.number) for c in came if c.syncs < due)
         return StreamError(
@@ -197,13 +221,19 @@ class Receivers:
     # ---- threads of their own
 
     def _accept_all(self) -> None:
-        while not self._closing and len(self._arrived) < self._count:
+        """To the end: on a channel too many pages would come that nobody reads."""
+        while not self._closing:
             try:
                 channel = self._accept(time.monotonic() + _LOOK)
             except DeadlineExceeded:
                 continue
             except MigrationError as error:
-                self._fail(error)
+                if len(self._arrived) < self._count:
+                    self._fail(error)
+                return
+            if len(self._arrived) == self._count:
+                channel.close()
+                self._fail(self._too_many())
                 return
             arrived = _Arrived(channel)
             with self._changed:
@@ -227,14 +257,14 @@ class Receivers:
             if isinstance(error, MigrationError):
                 error.message = f"multifd channel {arrived.number}: {error.message}"
             self._fail(error)
-            arrived.channel.abort()  # the source notices, and gives up
+            arrived.channel.close()  # the source notices, and gives up
         finally:
             with self._changed:
                 arrived.ended, arrived.writing = True, False
                 self._changed.notify_all()
 
     def _receive(self, arrived: _Arrived) -> None:
-        receiver = _Receiver(arrived.channel, self._page_size, self._method)
+        receiver = _Receiver(arrived, self._page_size, self._method)
         init = receiver.read(wire.INIT_SIZE)
         if init is None:
             return
@@ -246,7 +276,6 @@ class Receivers:
             self._changed.notify_all()
         while (packet := receiver.packet()) is not None:
             with self._changed:
-                arrived.received += receiver.take_count()
                 count = len(packet.normal) + len(packet.zero)
                 if count and self._sealed:
                     log.error("pages that came on multifd channel %d too late are left out", number)
@@ -290,8 +319,8 @@ class Receivers:
 class _Receiver:
     """One channel: bytes into packets. Never takes a byte behind the packet at hand."""
 
-    def __init__(self, channel: Channel, page_size: int, method: str) -> None:
-        self._channel = channel
+    def __init__(self, arrived: _Arrived, page_size: int, method: str) -> None:
+        self._arrived = arrived
         self._page_size = page_size
         self._method = packing.flag(method)
         self._unpacker = packing.unpacker(method)
@@ -299,12 +328,6 @@ class _Receiver:
         rows = np.empty((wire.pages_of(page_size), page_size), np.uint8)
         self._rows, self._bytes = rows, rows.reshape(-1).data
         self._packed = memoryview(b"")
-        self._counted = 0
-
-    def take_count(self) -> int:
-        """Bytes since the last call."""
-        counted, self._counted = self._counted, 0
-        return counted
 
     def read(self, n: int) -> memoryview | None:
         """The next n bytes, valid until the next call; None at an end in order."""
@@ -316,7 +339,7 @@ class _Receiver:
         if head is None:
             return None
         packet = wire.decode(head, self._page_size, self._method)
-        if packet.size:
+        if len(packet.normal):
             if self._unpacker is None:
                 self._fill(self._bytes[: packet.size])
             else:
@@ -334,7 +357,7 @@ class _Receiver:
     def _fill(self, view: memoryview, *, may_end: bool = False) -> bool:
         got = 0
         while got < len(view):
-            n = self._channel.recv_into(view[got:])
+            n = self._arrived.channel.recv_into(view[got:])
             if not n:
                 if may_end and not got:
                     return False
@@ -345,5 +368,5 @@ class _Receiver:
                     found=got,
                 )
             got += n
-        self._counted += got
+            self._arrived.received += n
         return True

@@ -23,6 +23,7 @@ from whimbrel_ram import RAMBlock, RamHandler, xbzrle
 from whimbrel_ram.decoder import Decoder, Event
 from whimbrel_ram.encoder import Encoder
 from whimbrel_ram.target import Target
+from whimbrel_ram.transport import SaveBlock
 from whimbrel_ram.xbzrle_pages import XbzrlePages
 from whimbrel_ram.zero import as_words
 from whimbrel_testing.peers import wait_until
@@ -332,3 +333,11 @@ def test_pages_too_large_for_its_runs_are_refused(tmp_path):
     with pytest.raises(LocalError, match="Switch xbzrle off"):
         handler.setup(OutStream(MemoryChannel()), RunParams())
     handler.cleanup(Outcome.FAILED)
+
+
+def test_a_cache_larger_than_the_ram_takes_no_more_than_that():
+    block = RAMBlock("ram", 5 * PAGE, page_size=PAGE)
+    pages = XbzrlePages(PAGE, lambda: 1 << 62)
+    pages.begin([SaveBlock(block, 0, as_words(block.rows))], OutStream(MemoryChannel()))
+    assert pages._fit_cache().slots == 8
+    assert pages.query()["xbzrle-cache"]["cache-size"] == 1 << 62

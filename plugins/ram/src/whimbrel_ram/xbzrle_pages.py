@@ -34,6 +34,7 @@ class XbzrlePages(StreamPages):
         self._cache: xbzrle.Cache | None = None
         self._stats = xbzrle.Stats()
         self._base: dict[int, int] = {}  # block → the number of its first page
+        self._most = 0  # bytes of a cache that has a slot for every page
         self._round = 0  # how often all blocks have been gone through
         self._last = False
 
@@ -50,6 +51,7 @@ class XbzrlePages(StreamPages):
         for block in blocks:
             self._base[block.index] = first
             first += block.block.pages
+        self._most = self._page_size << (first - 1).bit_length()
         self._fit_cache()
 
     def round_begin(self, out: OutStream, phase: Phase) -> None:
@@ -61,7 +63,10 @@ class XbzrlePages(StreamPages):
 
     def query(self) -> dict[str, Any]:
         cache = self._cache
-        return {} if cache is None else {"xbzrle-cache": self._stats.query(cache.size)}
+        if cache is None:
+            return {}
+        size = cache.size if cache.size < self._most else self._wanted()
+        return {"xbzrle-cache": self._stats.query(size)}
 
     def send(
         self, block: SaveBlock, pages: NDArray[np.intp], out: OutStream, budget: Budget
@@ -83,7 +88,7 @@ class XbzrlePages(StreamPages):
         return Sent(done, zero, deltas)
 
     def _fit_cache(self) -> xbzrle.Cache:
-        size = max(self._wanted(), self._page_size)
+        size = min(max(self._wanted(), self._page_size), self._most)
         if self._cache is None:
             self._cache = xbzrle.Cache(size, self._page_size)
         elif self._cache.size != size:

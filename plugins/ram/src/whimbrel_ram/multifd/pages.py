@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import numpy as np
 
-from whimbrel.errors import LocalError
+from whimbrel.errors import ChannelError, LocalError
 from whimbrel.state import Outcome
 from whimbrel_ram.multifd import wire
 from whimbrel_ram.multifd.receiving import Receivers
@@ -42,6 +42,15 @@ class Options:
     uuid: bytes | None = None
 
 
+def _open(main: Channel, index: int) -> Channel:
+    try:
+        return main.open_extra("multifd", index)
+    except ChannelError as error:
+        if error.hint is not None:  # what helps where the first connection was not possible either
+            error.hint = "Switch multifd on at the destination as well, with multifd-channels alike"
+        raise
+
+
 class MultifdPages(StreamPages):
     """Source: packets of pages go to whichever channel has room. Destination: see Receivers.
 
@@ -66,9 +75,8 @@ class MultifdPages(StreamPages):
         out.flush()  # a QEMU before 8.0 takes the first connection for the main channel, a newer one looks at its bytes
         options = self._options
         with contextlib.ExitStack() as opened:
-            channels: list[Channel] = [
-                opened.enter_context(out.channel.open_extra("multifd", i))
-                for i in range(options.channels)
+            channels = [
+                opened.enter_context(_open(out.channel, i)) for i in range(options.channels)
             ]
             self._senders = Senders(
                 channels,
@@ -122,9 +130,13 @@ class MultifdPages(StreamPages):
         done = zero = 0
         look = self._most
         while done < len(pages):
-            if done and budget.spent(out.position - start + senders.waiting):
+            used = out.position - start + senders.waiting
+            if done and budget.spent(used):
+                senders.drain()  # or the next call would not know of what waits
                 break
             some = pages[done : done + look]
+            if budget.bytes is not None:  # close to the end of a budget, small packets
+                some = some[: max(1, (budget.bytes - used) // self._options.page_size + 1)]
             is_zero = self._zero_pages(block, some)
             empty = some[is_zero]
             normal = some[~is_zero] if len(empty) else some
@@ -141,6 +153,7 @@ class MultifdPages(StreamPages):
             self._account(out)
             done += len(some)
             zero += len(empty)
+        self._account(out)
         return Sent(done, zero)
 
     def _zero_pages(self, block: SaveBlock, pages: NDArray[np.intp]) -> NDArray[np.bool_]:

@@ -8,11 +8,13 @@ from collections import deque
 from collections.abc import Callable
 
 from whimbrel.channel import Channel, Listener
-from whimbrel.errors import DeadlineExceeded, MigrationError
+from whimbrel.errors import ChannelError
 from whimbrel.wire import format as wire
 
 #: Seconds that a connection may take to say which one it is.
 PATIENCE = 10.0
+#: Further channels that are kept until somebody asks for them.
+MOST = 256
 
 
 class Arrivals:
@@ -42,14 +44,13 @@ class Arrivals:
                 return channel
             try:
                 first = channel.peek(4, time.monotonic() + PATIENCE)
-            except DeadlineExceeded:
-                channel.close()
-                continue
-            except MigrationError:
-                channel.close()
-                raise
+            except ChannelError:
+                first = b""  # of a cancel the listener knows as well
             if first == wire.MAGIC.to_bytes(4, "big"):
                 return channel
+            if not first or len(self._others) == MOST:
+                channel.close()
+                continue
             with self._lock:
                 self._others.append(channel)
 

@@ -146,6 +146,11 @@ class SaveVMHandler(abc.ABC):
         activate() of the machine; may raise, and the machine stays with the source.
         """
 
+    @property
+    def load_failure(self) -> BaseException | None:
+        """What has gone wrong aside of the stream, on a channel of its own: the reason where the source breaks off."""
+        return None
+
     def load_cleanup(self, outcome: Outcome) -> None:
         """The run is over on the destination."""
 
@@ -414,7 +419,14 @@ class LoadDriver:
         with self._at(inp):
             for handler in self._handlers.values():
                 handler.load_setup(ctx)
-        self.items(inp, pushed_back)
+        try:
+            self.items(inp, pushed_back)
+        except ChannelError as error:
+            for handler in self._handlers.values():
+                reason = handler.load_failure
+                if reason is not None and reason is not error:
+                    raise reason from error  # the source gave up because of it
+            raise
         if not self.status.tail_taken:
             self._check_complete(inp)
         with self._at(inp):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from whimbrel.errors import LocalError, MachineError, MigrationError, StreamError
+from whimbrel.errors import LocalError, MachineError, StreamError
 from whimbrel.savevm import Budget, LiveSaveVMHandler, Mode, Pending
 from whimbrel.state import Outcome
 from whimbrel.wire import dialects
@@ -340,15 +340,7 @@ class RamHandler(LiveSaveVMHandler):
         if self._pages is None:
             self._pages = self._page_transport(inp.channel)
             self._pages.begin_load(ctx, self._find)
-        try:
-            self._load(inp, decoder, self._pages)
-        except MigrationError as error:
-            reason = self._pages.failure
-            if reason is None or reason is error:
-                raise
-            raise reason from error  # the source gave up because of it
-
-    def _load(self, inp: InStream, decoder: Decoder, pages: PageTransport) -> None:
+        pages = self._pages
         need = 8
         while True:
             if need > inp.capacity:
@@ -442,6 +434,10 @@ class RamHandler(LiveSaveVMHandler):
             )
         if self._pages is not None:
             self._pages.load_complete()
+
+    @property
+    def load_failure(self) -> BaseException | None:
+        return None if self._pages is None else self._pages.failure
 
     def load_cleanup(self, outcome: Outcome) -> None:
         self._decoder = self._context = None

@@ -577,6 +577,10 @@ def test_connections_that_say_nothing_are_passed_over(tmp_path):
     with contextlib.closing(liar):
         liar.begin()
         liar.sync()
+        liar.settle()
+        with liar.connect() as late:
+            late.shutdown(socket.SHUT_WR)
+            assert not late.recv(1)
         liar.sync()
         liar.end()
         incoming.wait(30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -33,6 +34,7 @@ log = logging.getLogger("whimbrel.ram")
 _LOOK = 0.1  # seconds between two looks for a cancel, or for the end
 #: Seconds without a byte on a channel that is waited for.
 PATIENCE = 30.0
+_SOON = 0.5  # seconds in which a connection says what it is
 _ALIKE = "Switch multifd on at both sides, with multifd-channels alike"
 
 
@@ -147,12 +149,15 @@ class Receivers:
 
     def _last_look(self) -> None:
         """Should the thread that accepts be late."""
-        try:
-            channel = self._accept(time.monotonic())
-        except ChannelError:
-            return
-        channel.close()
-        raise self._too_many()
+        with contextlib.suppress(ChannelError):
+            self._one_more(self._accept(time.monotonic()))
+        self._check()
+
+    def _one_more(self, channel: Channel) -> None:
+        """Than there are to be. It says at once that it is a channel; who only looks whether somebody listens does not."""
+        with channel, contextlib.suppress(ChannelError):
+            if channel.peek(4, time.monotonic() + _SOON) == wire.MAGIC.to_bytes(4, "big"):
+                self._fail(self._too_many())
 
     @property
     def failure(self) -> BaseException | None:
@@ -232,9 +237,8 @@ class Receivers:
                     self._fail(error)
                 return
             if len(self._arrived) == self._count:
-                channel.close()
-                self._fail(self._too_many())
-                return
+                self._one_more(channel)
+                continue
             arrived = _Arrived(channel)
             with self._changed:
                 self._arrived.append(arrived)

@@ -156,6 +156,24 @@ def test_what_would_not_converge_does(writer, tmp_path):
     assert "cpu-throttle-percentage" not in kernel.query()
 
 
+def test_a_throttle_that_failed_is_lifted_too():
+    asked = []
+
+    def throttle(percent):
+        asked.append(percent)
+        if percent:
+            raise MigrationError("half of the processors")
+
+    now = iter(range(0, 100, 2))
+    converge = AutoConverge(Rules, throttle, lambda: next(now))
+    for _ in range(3):
+        converge.synced(100, 0)
+    assert (asked, converge.percent) == ([20], 0)
+    converge.lift()
+    converge.lift()
+    assert asked == [20, 0]
+
+
 def test_a_cancel_lets_it_run_freely_again(writer, tmp_path):
     there = Machine("m-1")
     there.add(RAMBlock("ram", 8 * MIB))

@@ -66,6 +66,7 @@ class AutoConverge:
         self._written = 0
         self._sent = 0
         self._times = 0
+        self._touched = False  # also by a call that failed: it may have done something
         self.percent = 0
 
     def synced(self, written: int, sent: int) -> None:
@@ -98,12 +99,13 @@ class AutoConverge:
 
     def lift(self) -> None:
         """Let it run freely again. Never raises."""
-        if self.percent:
+        if self._touched:
             self._set(0)
 
     def _set(self, percent: int) -> None:
-        if percent == self.percent:
+        if percent and percent == self.percent:
             return
+        self._touched = True
         try:
             self._throttle(percent)
         except (
@@ -113,6 +115,7 @@ class AutoConverge:
             return
         log.info("the machine is throttled by %d %%", percent)
         self.percent = percent
+        self._touched = percent > 0
 
     def query(self) -> dict[str, Any]:
         """Its member of query-migrate."""

@@ -50,7 +50,6 @@ class _Arrived:
     #: Bytes; counted by its thread alone.
     received: int = 0
     ended: bool = False
-    writing: bool = False
 
 
 class Receivers:
@@ -124,8 +123,6 @@ class Receivers:
             self._sealed = True
         self._last_look()
         with self._changed:
-            while any(c.writing for c in self._arrived):
-                self._changed.wait()
             self._check()
             ahead = [c for c in self._arrived if c.syncs > self._released]
             late = [c for c in self._arrived if c.loose]
@@ -264,7 +261,7 @@ class Receivers:
             arrived.channel.close()  # the source notices, and gives up
         finally:
             with self._changed:
-                arrived.ended, arrived.writing = True, False
+                arrived.ended = True
                 self._changed.notify_all()
 
     def _receive(self, arrived: _Arrived) -> None:
@@ -283,15 +280,13 @@ class Receivers:
                 count = len(packet.normal) + len(packet.zero)
                 if count and self._sealed:
                     log.error("pages that came on multifd channel %d too late are left out", number)
-                    continue
-                arrived.writing = count > 0
-                arrived.loose += count
+                    return
+                arrived.loose += count  # before anything is written: who seals sees it, and refuses
             if count:
-                self._put(packet, receiver.pages(packet))
+                self._put(packet, receiver)
             with self._changed:
                 self.normal += len(packet.normal)
                 self.zero += len(packet.zero)
-                arrived.writing = False
                 if packet.sync:
                     arrived.syncs += 1
                     arrived.loose = 0
@@ -299,7 +294,7 @@ class Receivers:
                 while packet.sync and self._released < arrived.syncs and not self._closing:
                     self._changed.wait()
 
-    def _put(self, packet: wire.Packet, rows: NDArray[np.uint8]) -> None:
+    def _put(self, packet: wire.Packet, receiver: _Receiver) -> None:
         target = self._targets.get(packet.idstr)
         if target is None:
             raise StreamError(
@@ -313,9 +308,12 @@ class Receivers:
             pages = wire.page_numbers(packet.normal, size, page_size, packet.idstr)
             low, high = int(pages[0]), int(pages[-1])
             in_order = high - low == len(pages) - 1 and bool((np.diff(pages) == 1).all())
-            where = slice(low, high + 1) if in_order else pages
-            target.rows[where] = rows
-            target.fresh_map[where] = False
+            if in_order:  # one piece of memory
+                target.fresh_map[low : high + 1] = False
+                receiver.read_pages(packet, target.memory[low * page_size : (high + 1) * page_size])
+            else:
+                target.rows[pages] = receiver.pages(packet)
+                target.fresh_map[pages] = False
         if len(packet.zero):
             target.put_zeros(wire.page_numbers(packet.zero, size, page_size, packet.idstr), 0)
 
@@ -338,25 +336,25 @@ class _Receiver:
         return self._head[:n] if self._fill(self._head[:n], may_end=True) else None
 
     def packet(self) -> wire.Packet | None:
-        """The next one, its data received; None at the end."""
+        """The next one; None at the end. Its data comes next, where it has normal pages."""
         head = self.read(len(self._head))
-        if head is None:
-            return None
-        packet = wire.decode(head, self._page_size, self._method)
-        if len(packet.normal):
-            if self._unpacker is None:
-                self._fill(self._bytes[: packet.size])
-            else:
-                if len(self._packed) < packet.size:
-                    self._packed = memoryview(bytearray(packet.size))
-                self._fill(self._packed[: packet.size])
-                pages = self._bytes[: len(packet.normal) * self._page_size]
-                self._unpacker.unpack(self._packed[: packet.size], pages)
-        return packet
+        return None if head is None else wire.decode(head, self._page_size, self._method)
+
+    def read_pages(self, packet: wire.Packet, into: memoryview) -> None:
+        """The bytes of its normal pages."""
+        if self._unpacker is None:
+            self._fill(into)
+            return
+        if len(self._packed) < packet.size:
+            self._packed = memoryview(bytearray(packet.size))
+        self._fill(self._packed[: packet.size])
+        self._unpacker.unpack(self._packed[: packet.size], into)
 
     def pages(self, packet: wire.Packet) -> NDArray[np.uint8]:
-        """What came with it, a row a page."""
-        return self._rows[: len(packet.normal)]
+        """The same, a row a page, valid until the next call."""
+        n = len(packet.normal)
+        self.read_pages(packet, self._bytes[: n * self._page_size])
+        return self._rows[:n]
 
     def _fill(self, view: memoryview, *, may_end: bool = False) -> bool:
         got = 0

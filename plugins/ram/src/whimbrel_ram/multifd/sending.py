@@ -187,20 +187,12 @@ class _Sender:
         self._flags = packing.flag(method)
         self._packer = packing.packer(method, level)
         self._staging = np.empty((wire.pages_of(page_size), page_size // 8), np.uint64)
-        self._bytes = self._staging.reshape(-1).view(np.uint8).data
 
     def send(self, job: Job, number: int) -> int:
         data: list[bytes | memoryview] = []
         size = 0
         if len(job.normal):
-            assert job.words is not None
-            n = len(job.normal)
-            low, high = int(job.normal[0]), int(job.normal[-1])
-            if high - low == n - 1:  # one piece of memory
-                self._staging[:n] = job.words[low : high + 1]
-            else:
-                np.take(job.words, job.normal, axis=0, out=self._staging[:n], mode="clip")
-            pages = self._bytes[: n * self._page_size]
+            pages = self._pages(job)
             data.append(pages if self._packer is None else self._packer.pack(pages))
             size = len(data[0])
         step = np.uint64(self._page_size)
@@ -215,3 +207,19 @@ class _Sender:
         head = wire.encode(packet, self._page_size)
         self._channel.send([head, *data])
         return len(head) + size
+
+    def _pages(self, job: Job) -> memoryview:
+        """The bytes of its normal pages. What is one piece of memory is sent from where it is, but packed from a copy: the
+        machine may write to it meanwhile.
+        """
+        assert job.words is not None
+        n = len(job.normal)
+        low, high = int(job.normal[0]), int(job.normal[-1])
+        in_order = high - low == n - 1
+        rows = job.words[low : high + 1] if in_order else self._staging[:n]
+        if not in_order:
+            np.take(job.words, job.normal, axis=0, out=rows, mode="clip")
+        elif self._packer is not None:
+            self._staging[:n] = rows
+            rows = self._staging[:n]
+        return rows.reshape(-1).view(np.uint8).data

@@ -7,6 +7,7 @@ import re
 import select
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -292,3 +293,29 @@ def test_on_a_terminal_the_answer_may_be_to_cancel(pair, start, terminal):
     screen.type("c\n")
     assert child.wait(PATIENCE) == 5
     assert pair.source.migration()["status"] == "cancelled"
+
+
+def test_an_interrupt_never_finds_the_wait_for_it_locked():
+    """Signals come at any instant of the wait; each is noted, and none stops the program."""
+    code = """
+import os, signal, threading
+from whimbrel_cli.watching import _Interrupts
+interrupts = _Interrupts()
+over = threading.Event()
+def send():
+    for _ in range(3000):
+        os.kill(os.getpid(), signal.SIGINT)
+    over.set()
+threading.Thread(target=send).start()
+seen = 0
+while not over.is_set():
+    seen += interrupts.wait(0.0001)
+os.kill(os.getpid(), signal.SIGTERM)
+assert interrupts.wait(10)
+interrupts.close()
+print(True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.stderr) == ("True\n", "")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import os
+import select
 import signal
 import sys
-import threading
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -48,20 +49,30 @@ class Detached(Exception):
     """The operator leaves it to itself."""
 
 
-@contextlib.contextmanager
-def _interrupts() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event, so that no request to the monitor is cut in two."""
-    event = threading.Event()
+class _Interrupts:
+    """Notes Ctrl-C and SIGTERM until close(), so that no request to the monitor is cut in two.
 
-    def note(number: int, frame: types.FrameType | None) -> None:
-        event.set()
+    By a descriptor: a handler that takes a lock, as threading.Event does, waits for ever when it interrupts who holds it.
+    """
 
-    before = {n: signal.signal(n, note) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in before.items():
+    def __init__(self) -> None:
+        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
+
+    def _note(self, number: int, frame: types.FrameType | None) -> None:
+        os.eventfd_write(self._fd, 1)
+
+    def wait(self, timeout: float) -> bool:
+        """Whether one came, since the last call that said so, or within timeout seconds."""
+        if not select.select([self._fd], [], [], timeout)[0]:
+            return False
+        os.eventfd_read(self._fd)
+        return True
+
+    def close(self) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+        os.close(self._fd)
 
 
 def follow(
@@ -77,7 +88,7 @@ def follow(
     An interrupt waits until it has begun: none goes on unseen.
     Raises what begin() and between() raise, NotConverging, OutcomeUnknown (the monitor is gone), Detached.
     """
-    with _interrupts() as interrupted:
+    with contextlib.closing(_Interrupts()) as interrupted:
         following = _Following(monitor, display, limits, interrupted, between)
         begin()
         return following.run()
@@ -89,7 +100,7 @@ class _Following:
         monitor: Monitor,
         display: Display,
         limits: Limits,
-        interrupted: threading.Event,
+        interrupted: _Interrupts,
         between: Callable[[], None],
     ) -> None:
         self._monitor, self._display, self._limits = monitor, display, limits
@@ -117,7 +128,6 @@ class _Following:
                 self._between()
                 self._obey_limits(reading)
                 if self._interrupted.wait(_POLL):
-                    self._interrupted.clear()
                     self._ask()
             except Gone as error:
                 raise OutcomeUnknown(

@@ -116,6 +116,8 @@ class RdmaChannel(Channel):
             self._way_back.abort()
 
     def close(self) -> None:
+        if self.role is Role.DESTINATION:
+            self.return_path()  # it may have been opened and not asked for
         if self._way_back is not None:
             self._way_back.close()
         self.connection.close()

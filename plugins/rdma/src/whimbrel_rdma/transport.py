@@ -8,7 +8,7 @@ import logging
 import select
 import socket
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from whimbrel.channel import Channel, Listener, Role, Transport, TransportContext
 from whimbrel.errors import ChannelError, MigrationError, SettingError, StreamError
@@ -173,32 +173,17 @@ class RdmaListener(Listener):
     """Of a destination. The connection for the answers is accepted while the first one is read."""
 
     def __init__(self, address: RdmaAddress, host: str, ctx: TransportContext) -> None:
-        from pyverbs.cmid import AddrInfo
-
-        from whimbrel_rdma.verbs import Events, ce, translated
+        from whimbrel_rdma.verbs import Events
 
         self.addresses = (f"rdma:{address}",)
         self._name = f"rdma:{address}"
         self._ctx = ctx
         self._gate = Gate(self._name)
-        self._events: Events = Events()
-        self._id: Any = None
         self._answers: RdmaChannel | None = None
+        self._answered = False
+        self._events: Events = Events()
         try:
-            self._id = self._events.cmid()
-            with translated(
-                f"listen on {address} by RDMA",
-                "Give an address of an interface with an RDMA device (rdma link), and a port that is free",
-            ):
-                self._id.bind_addr(
-                    AddrInfo(
-                        src=host,
-                        src_service=str(address.port),
-                        port_space=ce.RDMA_PS_TCP,
-                        flags=ce.RAI_PASSIVE,
-                    )
-                )
-                self._id.listen(_BACKLOG)
+            self._events.listen(host, address.port, _BACKLOG)
         except BaseException:
             self.close()
             raise
@@ -239,16 +224,10 @@ class RdmaListener(Listener):
 
     def _take(self) -> tuple[Connection, int]:
         """Accept the next request: the connection, and the flags that were agreed on."""
-        from pyverbs.cmid import CMID
+        from whimbrel_rdma.verbs import Connection
 
-        from whimbrel_rdma.verbs import Connection, translated
-
-        event = self._events.requests.popleft()
-        private = bytes(event.private_data)
+        child, private = self._events.next_request()
         self._events.disconnected = False  # of a connection before this one
-        with translated("accept an RDMA connection"):
-            child = CMID(creator=event, listen_id=self._id)
-            event.close()
         try:
             flags = decode_private(private)
         except StreamError:
@@ -287,27 +266,22 @@ class RdmaListener(Listener):
         return need <= limit
 
     def _take_answers(self) -> None:
-        """A second connection: the one for the answers. A third is turned away when the listener closes."""
+        """A second connection is for the answers, also when nothing else is listened for any more; there is no third."""
         from whimbrel_rdma.channel import RdmaChannel
 
-        if self._answers is None:
+        if not self._answered:
+            self._answered = True
             try:
                 connection, _ = self._take()
+                self._answers = RdmaChannel(connection, role=Role.DESTINATION)
             except (ChannelError, StreamError) as error:
                 log.warning("%s turned a connection away: %s", self._name, error)
-                return
-            self._answers = RdmaChannel(connection, role=Role.DESTINATION)
+        self._events.turn_away()
 
     def _take_way_back(self) -> Channel | None:
         answers, self._answers = self._answers, None
         return answers
 
     def close(self) -> None:
-        if not self._gate.close():
-            return
-        if self._answers is not None:
-            self._answers.close()
-        if self._id is not None:
-            with contextlib.suppress(Exception):
-                self._id.close()
-        self._events.close()
+        if self._gate.close():
+            self._events.close()

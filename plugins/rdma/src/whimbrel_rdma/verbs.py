@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import attrs
-from pyverbs.cmid import CMID, CMEvent, CMEventChannel, ConnParam
+from pyverbs.cmid import CMID, AddrInfo, CMEvent, CMEventChannel, ConnParam
 from pyverbs.cq import CQ, CompChannel
 from pyverbs.mr import MR
 from pyverbs.pyverbs_error import PyverbsError, PyverbsRDMAError
@@ -96,6 +96,7 @@ class Events:
         with translated("open an RDMA event channel"):
             self._channel, self.fd = _with_fd(CMEventChannel, "rdma_cm")
         self._users = 1
+        self._listening: CMID | None = None
         #: Connections that wait to be accepted.
         self.requests: collections.deque[CMEvent] = collections.deque()
         #: A peer has left.
@@ -105,6 +106,36 @@ class Events:
     def cmid(self) -> CMID:
         with translated("make an RDMA connection"):
             return CMID(creator=self._channel, port_space=ce.RDMA_PS_TCP)
+
+    def listen(self, host: str, port: int, backlog: int) -> None:
+        self._listening = self.cmid()
+        with translated(
+            f"listen on {host} port {port} by RDMA",
+            "Give an address of an interface with an RDMA device (rdma link), and a port that is free",
+        ):
+            where = AddrInfo(
+                src=host,
+                src_service=str(port),
+                port_space=ce.RDMA_PS_TCP,
+                flags=ce.RAI_PASSIVE,
+            )
+            self._listening.bind_addr(where)
+            self._listening.listen(backlog)
+
+    def next_request(self) -> tuple[CMID, bytes]:
+        """The first of the requests as a connection to be, and its private data."""
+        event = self.requests.popleft()
+        private = bytes(event.private_data)
+        with translated("accept an RDMA connection"):
+            child = CMID(creator=event, listen_id=self._listening)
+            event.close()
+        return child, private
+
+    def turn_away(self) -> None:
+        """Refuse whoever waits to be accepted."""
+        while self.requests:
+            with contextlib.suppress(PyverbsError, MigrationError):
+                self.next_request()[0].close()
 
     def share(self) -> Events:
         self._users += 1
@@ -153,10 +184,11 @@ class Events:
         self._users -= 1
         if self._users:
             return
-        for event in self.requests:
-            _turn_away(event)
-        self.requests.clear()
+        self.turn_away()
+        # Not before: what was accepted uses its protection domain.
         with contextlib.suppress(PyverbsError):
+            if self._listening is not None:
+                self._listening.close()
             self._channel.close()
 
 
@@ -166,14 +198,6 @@ class CmError(ChannelError):
     def __init__(self, message: str, event: str) -> None:
         super().__init__(message)
         self.event = event
-
-
-def _turn_away(event: CMEvent) -> None:
-    """A connection that nobody will accept: its end tells the other side."""
-    with contextlib.suppress(PyverbsError):
-        child = CMID(creator=event, listen_id=None)
-        event.close()
-        child.close()
 
 
 @attrs.define

@@ -156,24 +156,25 @@ class SendingPages(PageTransport):
             self._link.say(encode_zero(ZeroRange(block.saved.index, offset, (high - low) * size)))
 
     def _register(self, block: _Block, chunks: NDArray[np.intp], in_use: set[int]) -> None:
-        """Register chunks on both sides, and give up the oldest ones where no more may be pinned here."""
+        """Register chunks on both sides, and give up the oldest ones where no more may be pinned here.
+
+        One by one: QEMU 7.2 answers a request of several with one key.
+        """
         index, size = block.saved.index, block.saved.block.size
-        if self._limit is not None:
-            self._make_room(len(chunks) * CHUNK, index, in_use)
-        regions = [
-            self._connection.register(
-                block.start + c * CHUNK, min(CHUNK, size - c * CHUNK), remote=False
+        for chunk in chunks.tolist():
+            if self._limit is not None:
+                self._make_room(CHUNK, index, in_use)
+            start = chunk * CHUNK
+            length = min(CHUNK, size - start)
+            region = self._connection.register(block.start + start, length, remote=False)
+            block.keys[chunk] = (region, 0, 0)
+            asked = [Register(block.there.offset + start, index)]
+            answer = self._link.ask(
+                encode_register(Kind.REGISTER_REQUEST, asked), Kind.REGISTER_RESULT
             )
-            for c in chunks.tolist()
-        ]
-        for c, region in zip(chunks.tolist(), regions, strict=True):
-            block.keys[c] = (region, 0, 0)
-            self._pinned[index, c] = None
-        asked = [Register(block.there.offset + c * CHUNK, index) for c in chunks.tolist()]
-        answer = self._link.ask(encode_register(Kind.REGISTER_REQUEST, asked), Kind.REGISTER_RESULT)
-        results = decode_result(answer, len(asked))
-        for c, region, result in zip(chunks.tolist(), regions, results, strict=True):
-            block.keys[c] = (region, result.rkey, result.address)
+            (result,) = decode_result(answer, 1)
+            block.keys[chunk] = (region, result.rkey, result.address)
+            self._pinned[index, chunk] = None
 
     def _make_room(self, need: int, index: int, in_use: set[int]) -> None:
         assert self._limit is not None

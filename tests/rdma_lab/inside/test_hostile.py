@@ -90,6 +90,7 @@ REGISTER, UNREGISTER, COMPRESS = Kind.REGISTER_REQUEST, Kind.UNREGISTER_REQUEST,
         b"",
         b"short",
     ],
+    ids=lambda said: said[:48].hex() or "nothing",
 )
 def test_a_source_that_says_what_it_must_not(ends: Ends, said: bytes) -> None:
     pages = ends.receiving()
@@ -153,7 +154,7 @@ def send_all(ends: Ends) -> None:
         [message(Kind.REGISTER_RESULT, bytes(16))],
         [message(Kind.RAM_BLOCKS_RESULT, bytes(64), 2**32 - 1)],
         [message(Kind.ERROR)],
-        [p.encode_blocks(INFO).encode(), p.encode_result([p.Registered(1, 1)]).encode()],
+        [p.encode_blocks(INFO).encode(), *[p.encode_result([p.Registered(1, 1)]).encode()] * 3],
         [p.encode_blocks(INFO).encode(), message(Kind.UNREGISTER_FINISHED)],
         [p.encode_blocks(INFO).encode(), p.encode_result([p.Registered(1, 1 << 40)] * 3).encode()],
     ],

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from whimbrel import Kernel, Machine
+from whimbrel import Kernel, Machine, MigrationError, RunState
 from whimbrel.savevm import SaveVMHandler, TailTaken
 from whimbrel_ram import RAMBlock
-from whimbrel_testing.peers import QemuFactory
+from whimbrel_testing.peers import QemuFactory, wait_until
 from whimbrel_testing.qemu_guest import MIB, FilledGuest
 
 pytestmark = pytest.mark.interop
@@ -24,12 +24,20 @@ OTHERS = {
 }
 GUEST = FilledGuest(size=16 * MIB, filled=6 * MIB)
 pinned = pytest.mark.parametrize(
-    ("ours", "theirs"), [(False, False), (True, True), (True, False), (False, True)]
+    ("ours", "theirs"),
+    [
+        (False, False),
+        (True, True),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        pytest.param(False, True, marks=pytest.mark.slow),
+    ],
 )
 
 
 def prepared(ram: Path | None, pin_all: bool) -> Kernel:
-    machine = Machine(MACHINE)
+    machine = Machine(
+        MACHINE, run_state=RunState.RUNNING if ram is not None else RunState.PRELAUNCH
+    )
     memory = bytearray(ram.read_bytes() if ram is not None else GUEST.size)
     machine.add(RAMBlock("ram", memory=memory))
     for name, size in OTHERS.items():
@@ -53,11 +61,45 @@ def test_a_qemu_takes_ours(
         capabilities={"rdma_pin_all": theirs},
     )
     kernel = prepared(here, ours)
-    kernel.migrate(uri).wait(60)
+    result = kernel.migrate(uri).wait(60)
+    assert not result.acknowledged  # this QEMU takes no second connection
     target.wait_migration("completed")
     target.kill()
     assert there.read_bytes() == here.read_bytes()
     assert kernel.query()["x-rdma"]["pin-all"] is ours
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pin_all", [False, True])
+def test_a_qemu_is_killed_while_it_takes_ours(
+    qemu: QemuFactory, tmp_path: Path, uri: str, pin_all: bool
+) -> None:
+    here, there = tmp_path / "ours", tmp_path / "theirs"
+    GUEST.fill(here, seed=3)
+    target = qemu(*GUEST.args(there, MACHINE), version="7.2", incoming=uri)
+    kernel = prepared(here, pin_all)
+    kernel.settings["max-bandwidth"] = MIB
+    migration = kernel.migrate(uri)
+    wait_until(lambda: kernel.query().get("x-rdma", {}).get("writes"), "writes")
+    target.kill()
+    with pytest.raises(MigrationError):
+        migration.wait(30)
+    assert kernel.machine.is_running
+
+
+@pytest.mark.slow
+def test_a_qemu_is_killed_while_we_take_its(qemu: QemuFactory, tmp_path: Path, uri: str) -> None:
+    there = tmp_path / "theirs"
+    GUEST.fill(there, seed=5)
+    kernel = prepared(None, False)
+    incoming = kernel.incoming(uri, autostart=False)
+    source = qemu(*GUEST.args(there, MACHINE), version="7.2")
+    source.migrate(uri, max_bandwidth=MIB)
+    wait_until(lambda: source.migration()["ram"]["normal"] or None, "pages")
+    source.kill()
+    with pytest.raises(MigrationError):
+        incoming.wait(30)
+    assert not kernel.machine.is_running
 
 
 class Rest(SaveVMHandler):

@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from whimbrel import Cancelled, Kernel, Machine, MigrationError, RunState, Status
+from whimbrel import Cancelled, Kernel, Machine, MigrationError, Role, RunState, Status
+from whimbrel.channel import TransportContext
 from whimbrel_ram import RAMBlock
 from whimbrel_rdma.link import Link
 from whimbrel_rdma.protocol import Kind
+from whimbrel_rdma.transport import RdmaTransport
 from whimbrel_testing.peers import wait_until
 
 MIB = 1 << 20
@@ -60,7 +62,7 @@ def two(uri: str) -> Callable[..., Two]:
 @pytest.mark.parametrize(
     ("here", "there"), [(False, False), (True, True), (True, False), (False, True)]
 )
-@pytest.mark.parametrize("way_back", [True, False])
+@pytest.mark.parametrize("way_back", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_all_of_it_arrives(two: Callable[..., Two], here: bool, there: bool, way_back: bool):
     pair = two({"rdma-pin-all": here, "return-path": way_back}, {"rdma-pin-all": there})
     arriving = pair.incoming()
@@ -165,6 +167,34 @@ def test_cancelled_on_the_destination(two: Callable[..., Two]):
     with pytest.raises(Cancelled):
         arriving.wait(30)
     assert pair.source.machine.is_running
+
+
+def test_cancelled_before_the_destination_accepts(two: Callable[..., Two]):
+    pair = two()
+    transport = RdmaTransport()
+    address = transport.parse(pair.uri.removeprefix("rdma:"))
+    with transport.listen(address, TransportContext(role=Role.DESTINATION)):
+        migration = pair.source.migrate(pair.uri)
+        with pytest.raises(TimeoutError):
+            migration.wait(1)
+        migration.cancel()
+        with pytest.raises(Cancelled):
+            migration.wait(30)
+    assert pair.source.machine.is_running
+
+
+def test_cancelled_when_the_machine_stands_still(two: Callable[..., Two]):
+    pair = two({"pause-before-switchover": True})
+    arriving = pair.incoming()
+    migration = pair.source.migrate(pair.uri)
+    wait_until(lambda: pair.source.state.status is Status.PRE_SWITCHOVER or None, "the switchover")
+    migration.cancel()
+    with pytest.raises(Cancelled):
+        migration.wait(30)
+    with pytest.raises(MigrationError):
+        arriving.wait(30)
+    assert pair.source.machine.is_running
+    assert not pair.destination.machine.is_running
 
 
 def test_cancelled_while_nobody_came(two: Callable[..., Two]):

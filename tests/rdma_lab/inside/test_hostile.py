@@ -95,7 +95,7 @@ REGISTER, UNREGISTER, COMPRESS = Kind.REGISTER_REQUEST, Kind.UNREGISTER_REQUEST,
 def test_a_source_that_says_what_it_must_not(ends: Ends, said: bytes) -> None:
     pages = ends.receiving()
     listening = Task(lambda: pages.on_record(PageFlag.HOOK, None))  # type: ignore[arg-type]
-    ends.source.connection.wait_received(
+    ends.source.connection.wait(
         lambda: ends.source.link._may_send > 0, time.monotonic() + 10, "READY"
     )
     ends.source.connection.send(said)

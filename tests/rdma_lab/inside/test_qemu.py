@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from whimbrel import Kernel, Machine, MigrationError, RunState
 from whimbrel.savevm import SaveVMHandler, TailTaken
 from whimbrel_ram import RAMBlock
+from whimbrel_rdma.link import Link
+from whimbrel_rdma.protocol import Kind, Message
 from whimbrel_testing.peers import QemuFactory, wait_until
 from whimbrel_testing.qemu_guest import MIB, FilledGuest
 
@@ -95,7 +100,7 @@ def test_a_qemu_is_killed_while_we_take_its(qemu: QemuFactory, tmp_path: Path, u
     incoming = kernel.incoming(uri, autostart=False)
     source = qemu(*GUEST.args(there, MACHINE), version="7.2")
     source.migrate(uri, max_bandwidth=MIB)
-    wait_until(lambda: source.migration()["ram"]["normal"] or None, "pages")
+    wait_until(lambda: source.migration().get("ram", {}).get("normal"), "pages")
     source.kill()
     with pytest.raises(MigrationError):
         incoming.wait(30)
@@ -145,3 +150,56 @@ def test_we_take_a_qemu_s(
     assert bytes(block.buffer) == there.read_bytes()
     bios = next(b for b in kernel.machine.parts(RAMBlock) if b.idstr == "pc.bios")
     assert any(bios.buffer)
+
+
+def steps(kinds: list[str]) -> set[tuple[str, str]]:
+    """Which kind of message follows which."""
+    return set(itertools.pairwise(kinds))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pin_all", [False, True])
+def test_our_messages_follow_each_other_as_a_qemu_s_do(
+    qemu: QemuFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, uri: str, pin_all: bool
+) -> None:
+    """The same RAM, sent by a QEMU and by us: zero and random in turn, 4 MiB each."""
+    ram, log = tmp_path / "ram", tmp_path / "trace"
+    random = np.random.default_rng(1).bytes(4 * MIB)
+    ram.write_bytes((bytes(4 * MIB) + random) * 2)
+    monkeypatch.setattr(
+        "whimbrel.incoming.Incoming._unknown_section", lambda self, header, inp: Rest()
+    )
+    taking = prepared(None, False)
+    incoming = taking.incoming(uri, autostart=False)
+    source = qemu(
+        *GUEST.args(ram, MACHINE), "-trace", "qemu_rdma_post_send_control", "-D", str(log),
+        version="7.2", capabilities={"rdma_pin_all": pin_all},
+    )  # fmt: skip
+    source.migrate(uri, max_bandwidth=1 << 40)
+    source.wait_migration("completed")
+    incoming.wait(60)
+    source.kill()
+    theirs = re.findall(r"CONTROL: sending ([A-Z ]+)\.\.", log.read_text())
+
+    ours: list[str] = []
+    say, ask = Link.say, Link.ask
+
+    def saying(link: Link, message: Message) -> None:
+        ours.append(message.kind.name.replace("_", " "))
+        say(link, message)
+
+    def asking(link: Link, message: Message, answer: Kind) -> Message:
+        ours.append(message.kind.name.replace("_", " "))
+        return ask(link, message, answer)
+
+    monkeypatch.setattr(Link, "say", saying)
+    monkeypatch.setattr(Link, "ask", asking)
+    sending, taking = prepared(ram, pin_all), prepared(None, False)
+    sending.settings["return-path"] = False
+    incoming = taking.incoming(uri)
+    sending.migrate(uri).wait(60)
+    incoming.wait(60)
+    assert {"RAM BLOCKS REQUEST", "REGISTER FINISHED", "QEMU FILE"} <= set(theirs)
+    assert set(ours) == set(theirs)
+    assert ours[:3] == theirs[:3]
+    assert steps(ours) <= steps(theirs), steps(ours) - steps(theirs)

@@ -46,7 +46,7 @@ class Link:
 
     def say(self, message: Message) -> None:
         """Send it, once the other side is ready."""
-        self.connection.wait_received(
+        self.connection.wait(
             lambda: self._may_send > 0, None, f"the other side to be ready for {message.kind.name}"
         )
         self._may_send -= 1
@@ -58,12 +58,8 @@ class Link:
 
     def ask(self, message: Message, answer: Kind) -> Message:
         """Say it, and wait for the reply."""
-        self.connection.wait_received(
-            lambda: self._may_send > 0, None, f"the other side to be ready for {message.kind.name}"
-        )
-        self._may_send -= 1
+        self.say(message)
         self._reply_due = True
-        self.connection.send(message.encode())
         return self._next((answer,), None)
 
     def hear(self, *kinds: Kind, deadline: float | None = None) -> Message:
@@ -79,7 +75,7 @@ class Link:
 
     def _next(self, kinds: tuple[Kind, ...], deadline: float | None) -> Message:
         said = " or ".join(kind.name for kind in kinds)
-        self.connection.wait_received(lambda: bool(self._inbox), deadline, said)
+        self.connection.wait(lambda: bool(self._inbox), deadline, said)
         message = self._inbox.popleft()
         if message.kind not in kinds:
             raise StreamError(

@@ -329,25 +329,28 @@ class Connection:
     def send(self, message: bytes, deadline: float | None = None) -> None:
         """Post a message, once the one before it has left."""
         with self._lock:
-            self._wait(lambda: not self._sending, deadline, "the peer to take a message")
-            start = RECEIVES * _SLOT
-            self._view[start : start + len(message)] = message
-            request = SendWR(
-                wr_id=_SEND,
-                opcode=e.IBV_WR_SEND,
-                num_sge=1,
-                sg=[SGE(self._base + start, len(message), self._mr.lkey)],
-                send_flags=e.IBV_SEND_SIGNALED,
-            )
-            with translated("send by RDMA"):
-                self._qp.post_send(request)
-            self._sending += 1
-            self.counters.messages += 1
+            self.wait(lambda: not self._sending, deadline, "the peer to take a message")
+            self._post_send(message)
+
+    def _post_send(self, message: bytes) -> None:
+        start = RECEIVES * _SLOT
+        self._view[start : start + len(message)] = message
+        request = SendWR(
+            wr_id=_SEND,
+            opcode=e.IBV_WR_SEND,
+            num_sge=1,
+            sg=[SGE(self._base + start, len(message), self._mr.lkey)],
+            send_flags=e.IBV_SEND_SIGNALED,
+        )
+        with translated("send by RDMA"):
+            self._qp.post_send(request)
+        self._sending += 1
+        self.counters.messages += 1
 
     def write(self, address: int, lkey: int, length: int, to: int, rkey: int) -> None:
         """Post a write of `length` bytes into the peer's memory, once there is room in the window."""
         if self.outstanding >= WINDOW:
-            self._wait(lambda: self.outstanding < WINDOW, None, "writes to complete")
+            self.wait(lambda: self.outstanding < WINDOW, None, "writes to complete")
         request = SendWR(
             wr_id=_WRITE,
             opcode=e.IBV_WR_RDMA_WRITE,
@@ -364,16 +367,13 @@ class Connection:
 
     def drain(self) -> None:
         """Wait until every write has arrived."""
-        self._wait(lambda: not self.outstanding, None, "writes to complete")
+        self.wait(lambda: not self.outstanding, None, "writes to complete")
 
     def drain_sends(self, deadline: float | None) -> None:
-        self._wait(lambda: not self._sending, deadline, "the peer to take the last message")
+        self.wait(lambda: not self._sending, deadline, "the peer to take the last message")
 
-    def wait_received(self, done: Callable[[], bool], deadline: float | None, what: str) -> None:
+    def wait(self, done: Callable[[], bool], deadline: float | None, what: str) -> None:
         """Take what comes, until done(). Raises EndOfStream once the peer has left, DeadlineExceeded."""
-        self._wait(done, deadline, what)
-
-    def _wait(self, done: Callable[[], bool], deadline: float | None, what: str) -> None:
         with self._lock, self.gate.inside():
             while not done():
                 if self._take_completions():
@@ -461,22 +461,10 @@ class Connection:
         with contextlib.suppress(MigrationError, PyverbsError), self._lock:
             if self.failed or self._events.disconnected or self.gate.closed:
                 return
-            start = RECEIVES * _SLOT
             deadline = time.monotonic() + _LAST_WORDS
-            if not self._until_sent(deadline):
-                return
-            self._view[start : start + len(message)] = message
-            where = SGE(self._base + start, len(message), self._mr.lkey)
-            request = SendWR(
-                wr_id=_SEND,
-                opcode=e.IBV_WR_SEND,
-                num_sge=1,
-                sg=[where],
-                send_flags=e.IBV_SEND_SIGNALED,
-            )
-            self._qp.post_send(request)
-            self._sending += 1
-            self._until_sent(deadline)
+            if self._until_sent(deadline):
+                self._post_send(message)
+                self._until_sent(deadline)
 
     def _until_sent(self, deadline: float) -> bool:
         """Wait for the last message to leave, aborted or not."""

@@ -13,7 +13,7 @@ from whimbrel import Kernel, Machine, MigrationError, RunState
 from whimbrel.savevm import SaveVMHandler, TailTaken
 from whimbrel_ram import RAMBlock
 from whimbrel_rdma.link import Link
-from whimbrel_rdma.protocol import Kind, Message
+from whimbrel_rdma.protocol import Message
 from whimbrel_testing.peers import QemuFactory, wait_until
 from whimbrel_testing.qemu_guest import MIB, FilledGuest
 
@@ -182,18 +182,13 @@ def test_our_messages_follow_each_other_as_a_qemu_s_do(
     theirs = re.findall(r"CONTROL: sending ([A-Z ]+)\.\.", log.read_text())
 
     ours: list[str] = []
-    say, ask = Link.say, Link.ask
+    say = Link.say
 
     def saying(link: Link, message: Message) -> None:
         ours.append(message.kind.name.replace("_", " "))
         say(link, message)
 
-    def asking(link: Link, message: Message, answer: Kind) -> Message:
-        ours.append(message.kind.name.replace("_", " "))
-        return ask(link, message, answer)
-
     monkeypatch.setattr(Link, "say", saying)
-    monkeypatch.setattr(Link, "ask", asking)
     sending, taking = prepared(ram, pin_all), prepared(None, False)
     sending.settings["return-path"] = False
     incoming = taking.incoming(uri)
@@ -202,4 +197,6 @@ def test_our_messages_follow_each_other_as_a_qemu_s_do(
     assert {"RAM BLOCKS REQUEST", "REGISTER FINISHED", "QEMU FILE"} <= set(theirs)
     assert set(ours) == set(theirs)
     assert ours[:3] == theirs[:3]
-    assert steps(ours) <= steps(theirs), steps(ours) - steps(theirs)
+    # Behind which message a round ends is a matter of time, for both.
+    ends = {(kind, "REGISTER FINISHED") for kind in ours}
+    assert steps(ours) - ends <= steps(theirs), steps(ours) - steps(theirs)

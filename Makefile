@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DISTS := core $(wildcard plugins/*)
 ARGS ?=
 
-.PHONY: demo test lint bench stress fuzz docs clean setup
+.PHONY: demo test lint bench stress fuzz rdma-lab docs clean setup
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(DISTS)) tools/setup
@@ -32,6 +32,10 @@ stress: setup  ## kill -9 of either side at 200 random moments, and a link cut i
 
 fuzz: setup  ## the parsers under a fuzzer, for FUZZ_SECONDS in all (ARGS="vmstate" chooses a target)
 	$(BIN)/python fuzz/run.py --seconds $${FUZZ_SECONDS:-600} $(ARGS)
+
+rdma-lab: setup  ## tests over real verbs, in an emulated machine with Soft-RoCE; results in build/rdma-lab (ARGS="-k qemu")
+	@mkdir -p build/rdma-lab
+	$(BIN)/python tests/rdma_lab/lab.py tests --out build/rdma-lab $(ARGS)
 
 docs: setup  ## write the generated pages, and run the examples in the docs as tests
 	$(BIN)/python tools/reference.py

@@ -8,7 +8,10 @@ if __name__ == "__main__":
     import numpy as np  # noqa: F401 - not instrumented: it is not what is looked for
 
     with atheris.instrument_imports(
-        include=["whimbrel", "whimbrel_device", "whimbrel_qemu", "whimbrel_ram", "whimbrel_zstd"]
+        include=[
+            *("whimbrel", "whimbrel_device", "whimbrel_qemu", "whimbrel_ram", "whimbrel_rdma"),
+            "whimbrel_zstd",
+        ]
     ):
         import targets
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 WORK = HERE.parent / "build" / "fuzz"
-TARGETS = ("stream", "vmdescription", "vmstate", "qmp", "zstd", "block")
+TARGETS = ("stream", "vmdescription", "vmstate", "qmp", "zstd", "block", "rdma")
 #: Seconds for one input, and MiB for the process: what needs more is a bug.
 INPUT_SECONDS, MEMORY = 20, 1500
 

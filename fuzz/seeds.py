@@ -10,6 +10,7 @@ import targets
 
 import whimbrel_device as wd
 from whimbrel_block import codec
+from whimbrel_rdma import protocol
 from whimbrel_testing.wrong import all_cases
 from whimbrel_testing.wrong.pieces import STATE_TEXT, TIMER_PAYLOAD, TIMER_TEXT, opaque, text
 from whimbrel_zstd.frames import Packer
@@ -85,6 +86,17 @@ def _block() -> Iterator[bytes]:
     )
 
 
+def _rdma() -> Iterator[bytes]:
+    for kind in protocol.Kind:
+        yield protocol.Message(kind).encode()
+    yield protocol.Message(protocol.Kind.QEMU_FILE, b"QEVM", 0).encode()
+    yield protocol.encode_blocks([protocol.BlockInfo(1 << 40, 0, 4096, 7)]).encode()
+    yield protocol.encode_zero(protocol.ZeroRange(2, (3 << 20) + 4096, 4096)).encode()
+    yield protocol.encode_result([protocol.Registered(7, 1 << 40)] * 2).encode()
+    for kind in (protocol.Kind.REGISTER_REQUEST, protocol.Kind.UNREGISTER_REQUEST):
+        yield protocol.encode_register(kind, [protocol.Register(1, 0, 1)] * 2).encode()
+
+
 SEEDS = {
     "stream": _stream,
     "vmdescription": _vmdescription,
@@ -92,6 +104,7 @@ SEEDS = {
     "qmp": _qmp,
     "zstd": _zstd,
     "block": _block,
+    "rdma": _rdma,
 }
 
 

@@ -22,6 +22,7 @@ from whimbrel_block import codec
 from whimbrel_device import vmdesc
 from whimbrel_monitor.reader import Reader
 from whimbrel_monitor.session import Session
+from whimbrel_rdma import protocol
 from whimbrel_testing.wrong.mutate import keep_and_take_again, load_app
 
 #: Bytes of a payload that a description is laid over.
@@ -138,6 +139,32 @@ def zstd(data: bytes) -> None:
     assert whole.read(MAX_UNPACKED + 1) == out
 
 
+def rdma(data: bytes) -> None:
+    """A control message, and what it asks for, in a machine of three blocks; what is taken is sent as the same."""
+    try:
+        message = protocol.decode_message(data)
+    except StreamError:
+        return
+    kind, again = message.kind, message
+    space = protocol.RamSpace((3 << 20, 4096, (1 << 20) + 4096))
+    with contextlib.suppress(StreamError):
+        if kind is protocol.Kind.RAM_BLOCKS_RESULT:
+            again = protocol.encode_blocks(protocol.decode_blocks(message))
+        elif kind is protocol.Kind.COMPRESS:
+            for zero in protocol.decode_zeros(message):
+                where = space.locate(zero.index, zero.offset, zero.length)
+                assert where + zero.length <= space.lengths[zero.index]
+        elif kind is protocol.Kind.REGISTER_RESULT:
+            again = protocol.encode_result(protocol.decode_result(message, message.repeat))
+        elif kind in (protocol.Kind.REGISTER_REQUEST, protocol.Kind.UNREGISTER_REQUEST):
+            requests = protocol.decode_register(message)
+            again = protocol.encode_register(kind, requests)
+            for request in requests:
+                start, length = space.chunk_range(request.index, request.at, request.extra)
+                assert start + length <= space.lengths[request.index]
+    assert len(again.encode()) == len(data)
+
+
 PLUGINS = Plugins.load()
 TARGETS: dict[str, Callable[[bytes], None]] = {
     "stream": stream,
@@ -146,6 +173,7 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "qmp": qmp,
     "zstd": zstd,
     "block": block,
+    "rdma": rdma,
 }
 
 # ---- a field of every kind

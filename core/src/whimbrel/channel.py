@@ -299,7 +299,7 @@ class TransportSpec:
     #: The form of an address, for help texts: 'tcp:HOST:PORT'.
     syntax: str
     summary: str = ""
-    #: What is missing on this machine and how to get it, or None when ready.
+    #: 'What is missing on this machine: how to get it', or None when ready.
     needs: Callable[[], str | None] = _no_needs
 
     def create(self) -> Transport:

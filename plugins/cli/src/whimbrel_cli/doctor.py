@@ -107,6 +107,9 @@ def _plugin(info: PluginInfo) -> Check:
     """Its state; of one that is ready, whether all is installed that its distribution requires."""
     name = f"plugin {info.name}"
     found = f"{info.distribution} {info.version}".rstrip()
+    if info.state == "needs":  # its detail is 'what is missing: what to do'
+        what, _, remedy = info.detail.partition(": ")
+        return Check(name, _STATES["needs"], f"{found}: {what}", remedy)
     if info.state != "ready":
         health = _STATES.get(info.state, Health.FAILED)
         return Check(name, health, f"{found} is {info.state}: {info.detail}", _remedy(info))
@@ -119,7 +122,6 @@ def _plugin(info: PluginInfo) -> Check:
 
 
 def _remedy(info: PluginInfo) -> str:
-    """A plugin that needs something says itself what to do, in its detail."""
     return {
         "broken": f"pip install --force-reinstall {info.distribution}",
         "incompatible": f"pip install --upgrade {info.distribution} whimbrel-core",

@@ -15,10 +15,11 @@ _WHERE = {
     "decoder": ("Decoder",),
     "encoder": ("Encoder",),
     "handler": ("RamHandler",),
+    "memory": ("untouched",),
     "records": ("PageFlag",),
     "setup": ("BlockEntry",),
     "trackers": ("DirtyTracker", "TrackerSpec"),
-    "transport": ("PageTransport", "Phase", "SaveBlock", "Sent", "StreamPages"),
+    "transport": ("PageTransport", "Phase", "SaveBlock", "Sent", "StreamPages", "zero_pages"),
 }
 _MODULE_OF = {name: module for module, names in _WHERE.items() for name in names}
 __all__ = sorted(_MODULE_OF)  # noqa: PLE0605
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from whimbrel_ram.decoder import Decoder as Decoder
     from whimbrel_ram.encoder import Encoder as Encoder
     from whimbrel_ram.handler import RamHandler as RamHandler
+    from whimbrel_ram.memory import untouched as untouched
     from whimbrel_ram.records import PageFlag as PageFlag
     from whimbrel_ram.setup import BlockEntry as BlockEntry
     from whimbrel_ram.trackers import DirtyTracker as DirtyTracker, TrackerSpec as TrackerSpec
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
         SaveBlock as SaveBlock,
         Sent as Sent,
         StreamPages as StreamPages,
+        zero_pages as zero_pages,
     )
 
 

@@ -122,6 +122,23 @@ class PageTransport:
         """The run is over. Never raises."""
 
 
+def zero_pages(block: SaveBlock, pages: NDArray[np.intp]) -> NDArray[np.bool_]:
+    """Which of the pages (ascending) are zero. Those that were never touched are not looked at."""
+    words, absent = block.words, block.untouched
+    low, high = int(pages[0]), int(pages[-1])
+    whole = high - low == len(pages) - 1
+    if absent is not None:
+        known = absent[low : high + 1] if whole else absent[pages]
+        if known.all():
+            return known
+        if known.any():
+            zero = known.copy()
+            look = np.flatnonzero(~known)
+            zero[look] = zero_map_at(words, pages[look])
+            return zero
+    return zero_map(words[low : high + 1]) if whole else zero_map_at(words, pages)
+
+
 class StreamPages(PageTransport):
     """Records in the stream, in batches: zero pages of a batch first, then the others."""
 
@@ -145,7 +162,7 @@ class StreamPages(PageTransport):
             some = pages[done : done + look]
             if budget.bytes is not None:  # close to the end of a small budget, small steps
                 some = some[: max(1, (budget.bytes - used) // encoder.record + 1)]
-            is_zero = self._zero(block, some)
+            is_zero = zero_pages(block, some)
             empty = some[is_zero]
             if len(empty) == len(some):  # only records of 9 bytes: look further at once
                 normal = empty[:0]
@@ -169,20 +186,3 @@ class StreamPages(PageTransport):
             done += len(some)
             zero += len(empty)
         return Sent(done, zero)
-
-    @staticmethod
-    def _zero(block: SaveBlock, pages: NDArray[np.intp]) -> NDArray[np.bool_]:
-        """Which of the pages are zero. Those that were never touched are not looked at."""
-        words, absent = block.words, block.untouched
-        low, high = int(pages[0]), int(pages[-1])
-        whole = high - low == len(pages) - 1
-        if absent is not None:
-            known = absent[low : high + 1] if whole else absent[pages]
-            if known.all():
-                return known
-            if known.any():
-                zero = known.copy()
-                look = np.flatnonzero(~known)
-                zero[look] = zero_map_at(words, pages[look])
-                return zero
-        return zero_map(words[low : high + 1]) if whole else zero_map_at(words, pages)

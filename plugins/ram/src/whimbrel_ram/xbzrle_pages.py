@@ -9,7 +9,7 @@ import numpy as np
 
 from whimbrel.errors import LocalError
 from whimbrel_ram import xbzrle
-from whimbrel_ram.transport import Phase, SaveBlock, Sent, StreamPages
+from whimbrel_ram.transport import Phase, SaveBlock, Sent, StreamPages, zero_pages
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -79,7 +79,7 @@ class XbzrlePages(StreamPages):
         while done < len(pages) and not (done and budget.spent(out.position - start)):
             some = pages[done : done + self._encoder.batch]
             some = some[some < some[0] + cache.slots]  # no two in one slot
-            is_zero = self._zero(block, some)
+            is_zero = zero_pages(block, some)
             if is_zero.any():
                 self._send_zeros(block, some[is_zero], out, cache)
             deltas += self._send_others(block, some[~is_zero], out, cache)

@@ -15,7 +15,7 @@ from whimbrel_ram.multifd import wire
 from whimbrel_ram.multifd.receiving import Receivers
 from whimbrel_ram.multifd.sending import Job, Senders
 from whimbrel_ram.records import MULTIFD_FLUSH_RECORD, PageFlag
-from whimbrel_ram.transport import Phase, SaveBlock, Sent, StreamPages
+from whimbrel_ram.transport import Phase, SaveBlock, Sent, StreamPages, zero_pages
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -159,7 +159,7 @@ class MultifdPages(StreamPages):
     def _zero_pages(self, block: SaveBlock, pages: NDArray[np.intp]) -> NDArray[np.bool_]:
         if self._options.zero_pages == "none":
             return np.zeros(len(pages), np.bool_)
-        return self._zero(block, pages)
+        return zero_pages(block, pages)
 
     # ---- destination
 

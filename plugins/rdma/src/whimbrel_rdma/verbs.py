@@ -1,0 +1,512 @@
+"""One reliable connection over real verbs: CM events, sends and receives of messages, writes, and their completions.
+
+The asynchronous CM with a queue pair of our own. pyverbs holds the GIL in calls that wait, so none ever does: its
+descriptors are non-blocking and polled here, beside the one by which abort() wakes us.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import ctypes
+import errno
+import mmap
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import attrs
+from pyverbs.cmid import CMID, AddrInfo, CMEvent, CMEventChannel, ConnParam
+from pyverbs.cq import CQ, CompChannel
+from pyverbs.mr import MR
+from pyverbs.pyverbs_error import PyverbsError, PyverbsRDMAError
+from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr
+from pyverbs.wr import SGE, RecvWR, SendWR
+
+from whimbrel.errors import ChannelError, EndOfStream, LocalError, MigrationError
+from whimbrel.waiting import Gate, wait_any, wait_fd
+from whimbrel_rdma.protocol import HEADER, MAX_DATA
+
+try:
+    from pyverbs import cm_enums, enums
+except ImportError:  # renamed after rdma-core 44
+    from pyverbs import libibverbs_enums as enums, librdmacm_enums as cm_enums
+ce, e = cm_enums, enums
+
+#: Receives that are posted at any time; the protocol needs two (a reply, and the READY behind it).
+RECEIVES = 4
+_SLOT = HEADER + MAX_DATA
+#: Writes that are on their way at any time.
+WINDOW = 64
+_SEND, _WRITE = 1 << 20, 1 << 21  # wr_id; below: the slot of a receive
+#: Seconds after a flushed completion in which the CM says that the peer has left.
+_REASON = 1.0
+#: Seconds that an orderly end waits for what was sent last.
+_LAST_WORDS = 2.0
+
+_opening = threading.Lock()
+
+
+def _with_fd(make: Callable[[], Any], marker: str) -> tuple[Any, int]:
+    """make() and the descriptor that it opened, now non-blocking: pyverbs does not tell it."""
+
+    def fds() -> set[int]:
+        found = set()
+        for name in os.listdir("/proc/self/fd"):
+            with contextlib.suppress(OSError):
+                if marker in os.readlink(f"/proc/self/fd/{name}"):
+                    found.add(int(name))
+        return found
+
+    with _opening:
+        before = fds()
+        made = make()
+        new = fds() - before
+    if len(new) != 1:
+        raise LocalError(
+            "the descriptor of an RDMA event channel cannot be told", expected=1, found=len(new)
+        )
+    (fd,) = new
+    os.set_blocking(fd, False)
+    return made, fd
+
+
+def address_of(buffer: Any) -> int:
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+@contextlib.contextmanager
+def translated(doing: str, hint: str | None = None) -> Iterator[None]:
+    """Errors of pyverbs as ChannelErrors that say what was being done."""
+    try:
+        yield
+    except (PyverbsError, OSError) as error:
+        code = getattr(error, "error_code", None) or getattr(error, "errno", None)
+        why = os.strerror(code) if code else str(error)
+        raise ChannelError(f"cannot {doing}: {why}", hint=hint) from error
+
+
+class Events:
+    """A CM event channel. The connections that a listener accepted share its channel with it."""
+
+    def __init__(self) -> None:
+        with translated("open an RDMA event channel"):
+            self._channel, self.fd = _with_fd(CMEventChannel, "rdma_cm")
+        self._users = 1
+        self._listening: CMID | None = None
+        #: Connections that wait to be accepted.
+        self.requests: collections.deque[CMEvent] = collections.deque()
+        #: A peer has left.
+        self.disconnected = False
+        self._lock = threading.Lock()
+
+    def cmid(self) -> CMID:
+        with translated("make an RDMA connection"):
+            return CMID(creator=self._channel, port_space=ce.RDMA_PS_TCP)
+
+    def listen(self, host: str, port: int, backlog: int) -> None:
+        self._listening = self.cmid()
+        with translated(
+            f"listen on {host} port {port} by RDMA",
+            "Give an address of an interface with an RDMA device (rdma link), and a port that is free",
+        ):
+            where = AddrInfo(
+                src=host,
+                src_service=str(port),
+                port_space=ce.RDMA_PS_TCP,
+                flags=ce.RAI_PASSIVE,
+            )
+            self._listening.bind_addr(where)
+            self._listening.listen(backlog)
+
+    def next_request(self) -> tuple[CMID, bytes]:
+        """The first of the requests as a connection to be, and its private data."""
+        event = self.requests.popleft()
+        private = bytes(event.private_data)
+        with translated("accept an RDMA connection"):
+            child = CMID(creator=event, listen_id=self._listening)
+            event.close()
+        return child, private
+
+    def turn_away(self) -> None:
+        """Refuse whoever waits to be accepted."""
+        while self.requests:
+            with contextlib.suppress(PyverbsError, MigrationError):
+                self.next_request()[0].close()
+
+    def share(self) -> Events:
+        self._users += 1
+        return self
+
+    def take(self) -> CMEvent | None:
+        """The next event, None where there is none yet. Requests and disconnects are noted here and not returned."""
+        with self._lock:
+            while True:
+                poll = select.poll()
+                poll.register(self.fd, select.POLLIN)
+                if not poll.poll(0):
+                    return None
+                try:
+                    event = CMEvent(self._channel)
+                except PyverbsRDMAError as error:
+                    if error.error_code in (errno.EAGAIN, None):
+                        return None
+                    raise
+                if event.event_type == ce.RDMA_CM_EVENT_CONNECT_REQUEST:
+                    self.requests.append(event)
+                    return None
+                if event.event_type == ce.RDMA_CM_EVENT_DISCONNECTED:
+                    self.disconnected = True
+                elif event.event_type != ce.RDMA_CM_EVENT_TIMEWAIT_EXIT:
+                    return event
+                event.close()
+
+    def expect(
+        self, kind: int, *, deadline: float | None, cancel_fd: int | None, what: str
+    ) -> CMEvent:
+        """Wait for that event. Raises ChannelError for another, DeadlineExceeded, Cancelled."""
+        while True:
+            event = self.take()
+            if event is not None:
+                if event.event_type == kind:
+                    return event
+                said = event.event_str().removeprefix("RDMA_CM_EVENT_")
+                event.close()
+                raise CmError(f"{what} failed: {said}", said)
+            if self.disconnected:
+                raise EndOfStream(f"{what} failed: the other side has left")
+            wait_fd(self.fd, select.POLLIN, deadline=deadline, cancel_fd=cancel_fd, what=what)
+
+    def close(self) -> None:
+        self._users -= 1
+        if self._users:
+            return
+        self.turn_away()
+        # Not before: what was accepted uses its protection domain.
+        with contextlib.suppress(PyverbsError):
+            if self._listening is not None:
+                self._listening.close()
+            self._channel.close()
+
+
+class CmError(ChannelError):
+    """`event` is the CM's word for what happened: REJECTED, UNREACHABLE, ..."""
+
+    def __init__(self, message: str, event: str) -> None:
+        super().__init__(message)
+        self.event = event
+
+
+@attrs.define
+class Counters:
+    """Of one connection."""
+
+    writes: int = 0
+    bytes: int = 0
+    messages: int = 0
+    registrations: int = 0
+
+
+class Connection:
+    """A queue pair that is connected or about to be.
+
+    received    called with each message as it comes, on the thread that waits
+    requested   called when the listener that this connection came from has another request
+    """
+
+    def __init__(self, name: str, events: Events, cmid: CMID) -> None:
+        self.name = name
+        self.gate = Gate(name)
+        self.received: Callable[[bytes], None] = lambda _: None
+        self.requested: Callable[[], None] = lambda: None
+        self.counters = Counters()
+        self.outstanding = 0
+        self.failed = False
+        self._events, self._id = events, cmid
+        self._sending = 0
+        self._slot = 0
+        self._lock = threading.RLock()
+        self._closing: list[Any] = []
+        try:
+            with translated("make an RDMA queue pair"):
+                self._make()
+        except BaseException:  # cmid and events are still the caller's
+            self.gate.close()
+            self._release()
+            raise
+
+    def _make(self) -> None:
+        cmid = self._id
+        self._pd, context = cmid.pd, cmid.context
+        self._comp, self._comp_fd = _with_fd(lambda: CompChannel(context), "infinibandevent")
+        self._closing.append(self._comp)
+        self._cq = CQ(context, 2 * (WINDOW + RECEIVES) + 8, None, self._comp, 0)
+        self._closing.append(self._cq)
+        self._cq.req_notify(0)
+        most = QPCap(max_send_wr=WINDOW + 4, max_recv_wr=RECEIVES, max_send_sge=1, max_recv_sge=1)
+        wanted = QPInitAttr(
+            qp_type=e.IBV_QPT_RC, scq=self._cq, rcq=self._cq, sq_sig_all=0, cap=most
+        )
+        self._qp = QP(self._pd, wanted, QPAttr())
+        self._closing.append(self._qp)
+        # Messages come into the slots in turn; what is sent leaves from the one behind them.
+        self._messages = mmap.mmap(-1, (RECEIVES + 1) * _SLOT)
+        self._view = memoryview(self._messages)
+        self._base = address_of(self._messages)
+        self._mr = MR(self._pd, len(self._messages), e.IBV_ACCESS_LOCAL_WRITE, address=self._base)
+        self._closing.append(self._mr)
+        self._to(e.IBV_QPS_INIT)
+        for slot in range(RECEIVES):
+            self._post_receive(slot)
+
+    def _to(self, *states: int) -> None:
+        for state in states:
+            attributes, mask = self._id.init_qp_attr(state)
+            self._qp.modify(attributes, mask)
+
+    # ---- connecting
+
+    def _parameters(self, private: bytes) -> ConnParam:
+        parameters = ConnParam(
+            qp_num=self._qp.qp_num,
+            resources=1,
+            depth=1,
+            retry=5,
+            rnr_retry=7,
+            data_len=len(private),
+        )
+        parameters.set_private_data(private)
+        return parameters
+
+    def connect(self, private: bytes, deadline: float | None, cancel_fd: int | None) -> bytes:
+        """On the active side, with the route resolved: the private data of the answer."""
+        with translated("connect by RDMA"):
+            self._id.connect(self._parameters(private))
+        event = self._events.expect(
+            ce.RDMA_CM_EVENT_CONNECT_RESPONSE,
+            deadline=deadline,
+            cancel_fd=cancel_fd,
+            what="connecting",
+        )
+        answer = bytes(event.private_data)
+        with translated("connect by RDMA"):
+            self._to(e.IBV_QPS_RTR, e.IBV_QPS_RTS)
+            self._id.establish()
+            event.close()
+        return answer
+
+    def accept(self, private: bytes) -> None:
+        """On the passive side. The event ESTABLISHED follows."""
+        with translated("accept an RDMA connection"):
+            self._to(e.IBV_QPS_RTR, e.IBV_QPS_RTS)
+            self._id.accept(self._parameters(private))
+
+    # ---- memory
+
+    def register(self, address: int, length: int, *, remote: bool) -> MR:
+        """Memory of this process for writes: from it, or into it by the peer. Raises ChannelError.
+
+        Memory that is only read is registered for reading: registering it for writing would count as a write to it.
+        """
+        access = e.IBV_ACCESS_LOCAL_WRITE | e.IBV_ACCESS_REMOTE_WRITE if remote else 0
+        with translated(
+            f"register {length} bytes of memory for RDMA",
+            "Raise RLIMIT_MEMLOCK (ulimit -l unlimited; LimitMEMLOCK=infinity for a systemd unit)",
+        ):
+            region = MR(self._pd, length, access, address=address)
+        self.counters.registrations += 1
+        return region
+
+    # ---- messages and writes
+
+    def _post_receive(self, slot: int) -> None:
+        where = SGE(self._base + slot * _SLOT, _SLOT, self._mr.lkey)
+        self._qp.post_recv(RecvWR(slot, 1, [where]))
+
+    def send(self, message: bytes, deadline: float | None = None) -> None:
+        """Post a message, once the one before it has left."""
+        with self._lock:
+            self.wait(lambda: not self._sending, deadline, "the peer to take a message")
+            self._post_send(message)
+
+    def _post_send(self, message: bytes) -> None:
+        start = RECEIVES * _SLOT
+        self._view[start : start + len(message)] = message
+        request = SendWR(
+            wr_id=_SEND,
+            opcode=e.IBV_WR_SEND,
+            num_sge=1,
+            sg=[SGE(self._base + start, len(message), self._mr.lkey)],
+            send_flags=e.IBV_SEND_SIGNALED,
+        )
+        with translated("send by RDMA"):
+            self._qp.post_send(request)
+        self._sending += 1
+        self.counters.messages += 1
+
+    def write(self, address: int, lkey: int, length: int, to: int, rkey: int) -> None:
+        """Post a write of `length` bytes into the peer's memory, once there is room in the window."""
+        if self.outstanding >= WINDOW:
+            self.wait(lambda: self.outstanding < WINDOW, None, "writes to complete")
+        request = SendWR(
+            wr_id=_WRITE,
+            opcode=e.IBV_WR_RDMA_WRITE,
+            num_sge=1,
+            sg=[SGE(address, length, lkey)],
+            send_flags=e.IBV_SEND_SIGNALED,
+        )
+        request.set_wr_rdma(rkey, to)
+        with translated("write by RDMA"):
+            self._qp.post_send(request)
+        self.outstanding += 1
+        self.counters.writes += 1
+        self.counters.bytes += length
+
+    def drain(self) -> None:
+        """Wait until every write has arrived."""
+        self.wait(lambda: not self.outstanding, None, "writes to complete")
+
+    def drain_sends(self, deadline: float | None) -> None:
+        self.wait(lambda: not self._sending, deadline, "the peer to take the last message")
+
+    def wait(self, done: Callable[[], bool], deadline: float | None, what: str) -> None:
+        """Take what comes, until done(). Raises EndOfStream once the peer has left, DeadlineExceeded."""
+        with self._lock, self.gate.inside():
+            while not done():
+                if self._take_completions():
+                    continue
+                with translated("wait for RDMA"):
+                    self._cq.req_notify(0)
+                if self._take_completions():
+                    continue
+                if self._events.disconnected:
+                    raise EndOfStream(f"{self.name}: the other side has left")
+                ready = wait_any(
+                    (self._comp_fd, self._events.fd, self.gate.fd),
+                    select.POLLIN,
+                    deadline=deadline,
+                    what=what,
+                )
+                self.gate.check()
+                if self._comp_fd in ready:
+                    self._take_notice()
+                if self._events.fd in ready:
+                    self._take_event()
+
+    def _take_notice(self) -> None:
+        try:
+            self._comp.get_cq_event(self._cq)
+        except PyverbsRDMAError as error:
+            if error.error_code not in (errno.EAGAIN, None):
+                raise ChannelError(f"{self.name}: {error}") from error
+
+    def _take_event(self) -> None:
+        event = self._events.take()
+        if event is not None:
+            kind, said = event.event_type, event.event_str()
+            event.close()
+            if kind != ce.RDMA_CM_EVENT_ESTABLISHED:
+                raise ChannelError(f"{self.name}: {said}")
+        if self._events.requests:
+            self.requested()
+
+    def _take_completions(self) -> int:
+        with translated("read RDMA completions"):
+            count, found = self._cq.poll(32)
+        for completion in found or ():
+            if completion.status != e.IBV_WC_SUCCESS:
+                self._fail(completion)
+            number = completion.wr_id
+            if number == _WRITE:
+                self.outstanding -= 1
+            elif number == _SEND:
+                self._sending -= 1
+            else:
+                start = number * _SLOT
+                data = bytes(self._view[start : start + completion.byte_len])
+                with translated("receive by RDMA"):
+                    self._post_receive(number)
+                self.received(data)
+        return int(count)
+
+    def _fail(self, completion: Any) -> None:
+        """Raises what a failed completion means."""
+        self.failed = True
+        what = {_SEND: "a message", _WRITE: "a write"}.get(completion.wr_id, "a receive")
+        if completion.status != e.IBV_WC_REM_ACCESS_ERR:
+            deadline = time.monotonic() + _REASON
+            with contextlib.suppress(MigrationError):
+                while not self._events.disconnected:
+                    wait_any((self._events.fd, self.gate.fd), select.POLLIN, deadline=deadline)
+                    self.gate.check()
+                    self._take_event()
+        if self._events.disconnected:
+            raise EndOfStream(f"{self.name}: the other side has left")
+        names = {
+            e.IBV_WC_REM_ACCESS_ERR: "the other side does not let that memory be written",
+            e.IBV_WC_RETRY_EXC_ERR: "the other side does not answer",
+            e.IBV_WC_RNR_RETRY_EXC_ERR: "the other side takes no messages",
+            e.IBV_WC_LOC_LEN_ERR: "it was longer than a message may be",
+        }
+        why = names.get(completion.status, f"completion status {completion.status}")
+        raise ChannelError(f"{self.name}: {what} failed: {why}")
+
+    # ---- the end
+
+    def last_word(self, message: bytes) -> None:
+        """Say that all is lost, if that can still be said. Never raises."""
+        with contextlib.suppress(MigrationError, PyverbsError), self._lock:
+            if self.failed or self._events.disconnected or self.gate.closed:
+                return
+            deadline = time.monotonic() + _LAST_WORDS
+            if self._until_sent(deadline):
+                self._post_send(message)
+                self._until_sent(deadline)
+
+    def _until_sent(self, deadline: float) -> bool:
+        """Wait for the last message to leave, aborted or not."""
+        self.received = lambda _: None
+        while self._sending and not self._events.disconnected:
+            if not self._take_completions():
+                self._cq.req_notify(0)
+                if self._take_completions():
+                    continue
+                fds = (self._comp_fd, self._events.fd)
+                ready = wait_any(fds, select.POLLIN, deadline=deadline)
+                if self._comp_fd in ready:
+                    self._take_notice()
+                if self._events.fd in ready:
+                    event = self._events.take()
+                    if event is not None:
+                        event.close()
+        return not self._sending
+
+    def stop(self) -> None:
+        """No more access to memory from here on, by either side. Idempotent; never raises."""
+        self.failed = True
+        with contextlib.suppress(PyverbsError, AttributeError):
+            self._qp.modify(QPAttr(qp_state=e.IBV_QPS_ERR), e.IBV_QP_STATE)
+        with contextlib.suppress(PyverbsError):
+            self._id.disconnect()
+
+    def close(self) -> None:
+        """Idempotent; never raises."""
+        if not self.gate.close():
+            return
+        if not self.failed:
+            with contextlib.suppress(MigrationError, PyverbsError, AttributeError):
+                self._until_sent(time.monotonic() + _LAST_WORDS)
+        self.stop()
+        self._release()
+        with contextlib.suppress(PyverbsError):
+            self._id.close()
+        self._events.close()
+
+    def _release(self) -> None:
+        for thing in reversed(self._closing):
+            with contextlib.suppress(PyverbsError):
+                thing.close()
+        self._closing.clear()

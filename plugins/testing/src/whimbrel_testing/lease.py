@@ -18,6 +18,8 @@ from typing import Any
 
 import attrs
 
+_PF_EXITING = 0x4  # of the flags in /proc/PID/stat, see proc(5)
+
 
 class LeaseViolation(Exception):
     """Another copy of the machine was running when this one started."""
@@ -60,17 +62,16 @@ class Lease:
             fd = os.open(
                 self.directory / "lease", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, mode=0o600
             )
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                other = os.pread(fd, 256, 0).decode(errors="replace")
+            while not _locked(fd):
+                other, _, pid = os.pread(fd, 256, 0).decode(errors="replace").partition("\n")
+                if _is_ending(pid):  # its connections may be closed already, and its files not
+                    time.sleep(0.001)
+                    continue
                 os.close(fd)
                 self._log("violation", generation, other)
-                raise LeaseViolation(
-                    f"{self.holder} starts the machine while {other} runs it"
-                ) from None
+                raise LeaseViolation(f"{self.holder} starts the machine while {other} runs it")
             os.ftruncate(fd, 0)
-            os.pwrite(fd, self.holder.encode(), 0)
+            os.pwrite(fd, f"{self.holder}\n{os.getpid()}".encode(), 0)
             self._fd, self._generation = fd, generation
             self._log("start", generation)
 
@@ -117,6 +118,24 @@ class Lease:
             os.write(fd, line)  # one write: a line is there whole or not at all
         finally:
             os.close(fd)
+
+
+def _locked(fd: int) -> bool:
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_ending(pid: str) -> bool:
+    """The process runs nothing any more: it is gone, or on its way (PF_EXITING, and zombies)."""
+    try:
+        stat = Path(f"/proc/{int(pid)}/stat").read_text(encoding="ascii", errors="replace")
+    except (OSError, ValueError):
+        return pid.isdigit()
+    state, *fields = stat.rpartition(")")[2].split()
+    return state in "ZX" or bool(int(fields[5]) & _PF_EXITING)
 
 
 def read_log(directory: str | Path) -> list[Event]:

@@ -450,7 +450,6 @@ DIFFERENCES = [
     *lacks("tls-creds tls-hostname tls-authz", "no TLS"),
     *lacks("x-colo x-checkpoint-delay", "no COLO"),
     *lacks("background-snapshot", "no snapshots"),
-    *lacks("rdma-pin-all", "no RDMA"),
     *lacks("x-ignore-shared", "all RAM is sent"),
     *lacks("validate-uuid", "a uuid that both sides have is always compared"),
     *lacks("late-block-activate", "what only one side may hold is taken before the start, never earlier"),

@@ -10,7 +10,7 @@ import pytest
 from whimbrel.errors import StreamError
 
 FUZZ = Path(__file__).parents[2] / "fuzz"
-NAMES = ("stream", "vmdescription", "vmstate", "qmp", "zstd", "block")
+NAMES = ("stream", "vmdescription", "vmstate", "qmp", "zstd", "block", "rdma")
 
 
 @pytest.fixture
@@ -48,6 +48,7 @@ def test_an_error_that_is_none_of_ours_is_noticed(fuzz, monkeypatch, name):
     monkeypatch.setattr(targets.Session, "receive", broken)
     monkeypatch.setattr(targets.PLUGINS, "filter", broken)
     monkeypatch.setattr(targets.codec, "read_record", broken)
+    monkeypatch.setattr(targets.protocol, "decode_message", broken)
     with pytest.raises(KeyError):
         targets.TARGETS[name](b"\3{}")
 

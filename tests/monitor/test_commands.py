@@ -221,7 +221,9 @@ def test_plugins(wire):
     told = {info["name"]: info for info in wire.ask("x-whimbrel-plugins")}
     assert told["monitor"]["settings"] == ["events"]
     assert told["unix"]["provides"] == ["unix"]
-    assert {info["state"] for info in told.values()} == {"ready"}
+    states = {name: info["state"] for name, info in told.items()}
+    assert states.pop("rdma") in ("ready", "needs")  # as this machine has a device or not
+    assert set(states.values()) == {"ready"}
 
 
 def test_the_schema_is_closed(wire):

@@ -18,6 +18,7 @@ from whimbrel_testing.guest.assembler import (
     imm16,
     imm32,
 )
+from whimbrel_testing.guest.serial import print_routine, say_next_number, words
 
 PAGE = 4096
 RING = 1 << 20  #: address of the first page of the ring
@@ -25,7 +26,6 @@ LINE = 9  #: bytes of a line: eight digits and a newline
 BAD = "BAD PAGE"
 
 _PIT_HZ = 1_193_182
-_COM1, _COM1_STATUS = 0x3F8, 0x3FD
 
 
 def boot_sector(*, pages: int = 1024, pages_per_tick: int = 64, hz: int = 1000) -> bytes:
@@ -79,41 +79,13 @@ def boot_sector(*, pages: int = 1024, pages_per_tick: int = 64, hz: int = 1000) 
     c.label("next")
     c.near("e2", "loop step", "step")
 
-    c.address("be", "mov si, line", "line")
-    c.call("print")
-    c.address("be", "mov si, last_digit", "last_digit")
-    c.label("digit")
-    c.op("fe 04", "inc byte [si]")
-    c.op("80 3c 39", "cmp byte [si], '9'")
-    c.near("76", "jbe tick", "tick")
-    c.op("c6 04 30", "mov byte [si], '0'   ; and carry")
-    c.op("4e", "dec si")
-    c.near("eb", "jmp digit", "digit")
+    say_next_number(c, "tick")
 
-    c.label("bad")
-    c.address("be", "mov si, complaint", "complaint")
-    c.call("print")
-    c.op("fa f4", "cli; hlt")
-
-    c.label("print")
-    c.op("ba", "mov dx, COM1 line status", imm16(_COM1_STATUS))
-    c.label("busy")
-    c.op("ec a8 20", "in al, dx; test al, 0x20   ; room for a byte?")
-    c.near("74", "jz busy", "busy")
-    c.op("ba", "mov dx, COM1", imm16(_COM1))
-    c.op("ac ee", "lodsb; out dx, al")
-    c.op("3c 0a", "cmp al, newline")
-    c.near("75", "jne print", "print")
-    c.op("c3", "ret")
+    print_routine(c)
 
     c.label("irq0")
     c.op("50 b0 20 e6 20 58 cf", "push ax; mov al, 0x20; out 0x20, al; pop ax; iret")
 
-    c.label("line")
-    c.data(b"0000000")
-    c.label("last_digit")
-    c.data(b"1\n")
-    c.label("complaint")
-    c.data(BAD.encode() + b"\n")
+    words(c, BAD)
     flat_segment_table(c)
     return c.image()

@@ -8,13 +8,13 @@ eight digits and a newline, to COM1. A sector that holds anything else makes it 
 from __future__ import annotations
 
 from whimbrel_testing.guest.assembler import BootSector, imm16, imm32
+from whimbrel_testing.guest.serial import print_routine, say_next_number, words
 
 SECTOR = 512
 RING = 2048  #: sector of the first one of the ring
 BAD = "BAD SECT"
 
 _BUFFER = 0x1000
-_COM1, _COM1_STATUS = 0x3F8, 0x3FD
 
 
 def boot_sector(*, sectors: int = 64, stride: int = 40) -> bytes:
@@ -54,21 +54,7 @@ def boot_sector(*, sectors: int = 64, stride: int = 40) -> bytes:
     c.near("72", "jb next", "next")
     c.op("66 bd", "mov ebp, RING", imm32(RING))
     c.label("next")
-    c.address("be", "mov si, line", "line")
-    c.call("print")
-    c.address("be", "mov si, last_digit", "last_digit")
-    c.label("digit")
-    c.op("fe 04", "inc byte [si]")
-    c.op("80 3c 39", "cmp byte [si], '9'")
-    c.near("76", "jbe step", "step")
-    c.op("c6 04 30", "mov byte [si], '0'   ; and carry")
-    c.op("4e", "dec si")
-    c.near("eb", "jmp digit", "digit")
-
-    c.label("bad")
-    c.address("be", "mov si, complaint", "complaint")
-    c.call("print")
-    c.op("fa f4", "cli; hlt")
+    say_next_number(c, "step")
 
     c.label("disk")
     c.op("66 60", "pushad")
@@ -79,25 +65,11 @@ def boot_sector(*, sectors: int = 64, stride: int = 40) -> bytes:
     c.near("72", "jc bad", "bad")
     c.op("c3", "ret")
 
-    c.label("print")
-    c.op("ba", "mov dx, COM1 line status", imm16(_COM1_STATUS))
-    c.label("busy")
-    c.op("ec a8 20", "in al, dx; test al, 0x20   ; room for a byte?")
-    c.near("74", "jz busy", "busy")
-    c.op("ba", "mov dx, COM1", imm16(_COM1))
-    c.op("ac ee", "lodsb; out dx, al")
-    c.op("3c 0a", "cmp al, newline")
-    c.near("75", "jne print", "print")
-    c.op("c3", "ret")
+    print_routine(c)
 
     c.label("packet")
     c.data(b"\x10\x00" + imm16(1) + imm16(_BUFFER) + imm16(0))
     c.label("lba")
     c.data(bytes(8))
-    c.label("line")
-    c.data(b"0000000")
-    c.label("last_digit")
-    c.data(b"1\n")
-    c.label("complaint")
-    c.data(BAD.encode() + b"\n")
+    words(c, BAD)
     return c.image()

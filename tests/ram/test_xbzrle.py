@@ -3,6 +3,7 @@
 import random
 import struct
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -17,12 +18,15 @@ from whimbrel import (
     RunParams,
     Side,
     StreamError,
+    hookimpl,
 )
 from whimbrel.channel import MemoryChannel
-from whimbrel_ram import RAMBlock, RamHandler, xbzrle
+from whimbrel.plugins import Plugins
+from whimbrel_ram import RAMBlock, RamHandler, TrackerSpec, xbzrle
 from whimbrel_ram.decoder import Decoder, Event
 from whimbrel_ram.encoder import Encoder
 from whimbrel_ram.target import Target
+from whimbrel_ram.trackers.shadow import ShadowTracker
 from whimbrel_ram.transport import SaveBlock
 from whimbrel_ram.xbzrle_pages import XbzrlePages
 from whimbrel_ram.zero import as_words
@@ -279,13 +283,32 @@ def test_a_machine_that_goes_on_writing_moves_in_deltas(tmp_path):
     here.view[:] = np.random.default_rng(1).integers(256, size=size, dtype=np.uint8)
     hot = here.view.reshape(-1, page)[:1500]
     stop = threading.Event()
+    here_and_there = [np.random.default_rng(seed) for seed in (2, 3)]
 
-    def write():
-        rng = np.random.default_rng(2)
+    def write(rng):
+        hot[rng.integers(len(hot), size=200), rng.integers(page, size=200)] += 1
+
+    def write_on():
         while not stop.wait(0.001):
-            hot[rng.integers(len(hot), size=200), rng.integers(page, size=200)] += 1
+            write(here_and_there[0])
 
-    writer = threading.Thread(target=write)
+    class WrittenAtEachLook(ShadowTracker):
+        """However fast it is looked at, there is something new until the machine stops."""
+
+        def sync(self, block):
+            if not stop.is_set():
+                write(here_and_there[1])
+            return super().sync(block)
+
+    def trackers():
+        return [TrackerSpec(name="t", priority=0, factory=WrittenAtEachLook, probe=lambda _: None)]
+
+    plugin = types.ModuleType("writes at each look")
+    plugin.whimbrel_api = (1, 0)
+    plugin.dirty_trackers = hookimpl(trackers, specname="dirty_trackers")
+    plugins = Plugins.load()
+    plugins.register(plugin, "test")
+    writer = threading.Thread(target=write_on)
 
     def halt():
         stop.set()
@@ -295,8 +318,9 @@ def test_a_machine_that_goes_on_writing_moves_in_deltas(tmp_path):
     source.add(here)
     destination = Machine("m-1")
     destination.add(there)
-    kernel = Kernel(source)
+    kernel = Kernel(source, plugins=plugins)
     kernel.settings.update({"xbzrle": True, "xbzrle-cache-size": 8 << 20, "downtime-limit": 0})
+    kernel.settings["dirty-tracker"] = "t"
     kernel.settings["max-bandwidth"] = 64 << 20
     incoming = Kernel(destination).incoming(f"unix:{tmp_path}/m")
     writer.start()

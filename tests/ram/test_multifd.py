@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import socket
 import struct
 import termios
@@ -43,7 +44,7 @@ def test_packets_come_back(data):
     method = data.draw(st.sampled_from(METHODS))
     offsets = np.arange(normal + zero, dtype=np.uint64) * np.uint64(page)
     packet = wire.Packet(
-        flags=packing.flag(method) | data.draw(st.sampled_from([0, wire.SYNC])),
+        flags=wire.METHODS[method] | data.draw(st.sampled_from([0, wire.SYNC])),
         number=data.draw(st.integers(0, (1 << 64) - 1)),
         idstr=data.draw(st.sampled_from([b"ram", b"x" * 255, b"/rom@etc/acpi/tables"])),
         normal=offsets[:normal],
@@ -52,7 +53,7 @@ def test_packets_come_back(data):
     )
     head = wire.encode(packet, page)
     assert len(head) == wire.header_size(page)
-    back = wire.decode(head, page, packing.flag(method))
+    back = wire.decode(head, page, wire.METHODS[method])
     assert (back.flags, back.number, back.idstr, back.size) == (
         *(packet.flags, packet.number, packet.idstr, packet.size),
     )
@@ -79,6 +80,28 @@ def test_the_header_has_its_size_and_layout():
     assert head[64:71] == b"pc.ram\0"
     assert struct.unpack_from(">QQ", head, 320) == (0x6000, 0x7000)
     assert len(wire.encode_init(None, 3)) == 64
+
+
+@given(
+    st.lists(st.integers(0, 12), min_size=1, max_size=6),
+    st.sampled_from([0, 1 << 63, (1 << 64) - 2 * PAGE]),
+    st.booleans(),
+)
+def test_a_run_is_what_lies_in_one_piece(pages, base, skew):
+    """The same answer as page by page, however far outside of the block; a place in memory only for what is inside."""
+    offsets = [(base + page * PAGE + skew) % (1 << 64) for page in pages]
+    run = wire.Packet(normal=np.array(offsets, np.uint64)).run(PAGE)
+    in_order = all(b == (a + PAGE) % (1 << 64) for a, b in itertools.pairwise(offsets))
+    assert run == (offsets[0] if in_order else None)
+    if run is None:
+        return
+    block_size = 8 * PAGE
+    if max(offsets) < block_size and not skew:
+        where = wire.memory_of(run, len(pages), block_size, PAGE, b"ram")
+        assert (where.start, where.stop) == (offsets[0], offsets[-1] + PAGE)
+    else:
+        with pytest.raises(StreamError, match="not in RAM block 'ram'"):
+            wire.memory_of(run, len(pages), block_size, PAGE, b"ram")
 
 
 @given(data=st.binary(min_size=1344, max_size=1344), flags=st.sampled_from([0, 2, 4]))
@@ -426,7 +449,7 @@ def test_a_channel_that_is_silent(lie):
 
 
 def test_a_channel_that_is_slow_is_waited_for(tmp_path, monkeypatch):
-    """As long as something comes: a packet may take longer than a silent channel is waited for."""
+    """As long as packets come: all up to its sync may take longer than a silent channel is waited for."""
     monkeypatch.setattr("whimbrel_ram.multifd.receiving.PATIENCE", 0.5)
     there = destination()
     incoming = kernel(there).incoming(f"unix:{tmp_path}/m")
@@ -434,11 +457,11 @@ def test_a_channel_that_is_slow_is_waited_for(tmp_path, monkeypatch):
     with contextlib.closing(liar):
         liar.begin()
         liar.packet(0, flags=wire.SYNC)
-        head = wire.encode(wire.Packet(flags=wire.SYNC), PAGE)
-        for i in range(0, len(head), 200):
+        for page in range(6):
             assert not incoming.done
-            liar.extra[1].sendall(head[i : i + 200])
+            liar.packet(1, b"x" * PAGE, normal=one(page * PAGE), size=PAGE)
             threading.Event().wait(0.2)
+        liar.packet(1, flags=wire.SYNC)
         liar.sync()
         liar.end()
         incoming.wait(30)
@@ -477,7 +500,7 @@ def test_an_unknown_block(lie):
 def test_pages_without_data(lie, method):
     def story(s):
         s.sync()
-        s.packet(0, normal=one(), flags=packing.flag(method))
+        s.packet(0, normal=one(), flags=wire.METHODS[method])
         s.sync()
         s.end()
 

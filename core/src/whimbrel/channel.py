@@ -56,6 +56,19 @@ class Channel(abc.ABC):
     def recv_into(self, view: memoryview) -> int:
         """Receive what is there into view, at least one byte, waiting for it if need be; 0 is the end."""
 
+    def recv_all(self, views: Sequence[memoryview]) -> int:
+        """Receive until the views are full, one after the other; fewer bytes mean the end. How many they were."""
+        got = 0
+        for view in views:
+            filled = 0
+            while filled < len(view):
+                n = self.recv_into(view[filled:])
+                if not n:
+                    return got + filled
+                filled += n
+            got += filled
+        return got
+
     @abc.abstractmethod
     def peek(self, n: int, deadline: float | None = None) -> bytes:
         """Up to n next bytes (at least one, unless the channel ended) without consuming them.

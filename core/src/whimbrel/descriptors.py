@@ -1,6 +1,7 @@
 """Channels and listeners over file descriptors: what tcp, unix, exec and fd share, and a start for plugins of others.
 
-All I/O is non-blocking underneath, so that every wait can also end by abort(), a deadline or a cancelled context.
+Every wait can also end by abort(), a deadline or a cancelled context. So I/O is non-blocking underneath, except where it
+takes no deadline and is on a socket: there the kernel waits, and abort() and close() shut the socket down.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import os
 import select
 import socket
@@ -105,25 +107,26 @@ class DescriptorChannel(Channel):
             for fd in self._fds():
                 os.set_blocking(fd, False)
         self._pushback = b""  # peeked bytes of a pipe, which has no MSG_PEEK
-        self._gate = Gate(name)
+        # Not a method: the gate would keep the channel from being collected.
+        self._gate = Gate(name, functools.partial(_shut_down, sock))
 
     def _fds(self) -> set[int]:
         return {fd for fd in (self._read_fd, self._write_fd) if fd is not None}
 
     @contextlib.contextmanager
-    def _io(self, doing: str) -> Iterator[None]:
+    def _io(self, doing: str, *, blocking: bool = False) -> Iterator[None]:
         """Around every operation: ChannelErrors for OSErrors, and for an abort, whatever it looked like."""
-        with self._gate.inside():
-            try:
-                yield
-            except Cancelled:
-                self._gate.check()
-                raise
-            except OSError as error:
-                self._gate.check()
-                raise ChannelError(
-                    f"{self.name}: {doing} failed: {error.strerror or error}"
-                ) from error
+        self._gate.enter(blocking=blocking)
+        try:
+            yield
+        except Cancelled:
+            self._gate.check()
+            raise
+        except OSError as error:
+            self._gate.check()
+            raise ChannelError(f"{self.name}: {doing} failed: {error.strerror or error}") from error
+        finally:
+            self._gate.leave(blocking=blocking)
 
     def _wait(self, fd: int, events: int, deadline: float | None = None) -> None:
         wait_fd(fd, events, deadline=deadline, cancel_fd=self._gate.fd, what=self.name)
@@ -137,25 +140,20 @@ class DescriptorChannel(Channel):
 
     def send(self, buffers: Sequence[Buffer]) -> None:
         todo = [memoryview(b).cast("B") for b in buffers if len(b)]
-        first = 0
-        with self._io("writing"):
+        with self._io("writing", blocking=True):
             if self._write_fd is None:
                 raise ChannelError(f"{self.name} is not open for writing")
-            while first < len(todo):
+            while todo:
                 try:
-                    sent = self._write_some(self._write_fd, todo[first : first + _IOV_MAX])
+                    sent = self._write_some(self._write_fd, todo[:_IOV_MAX])
                 except BlockingIOError:
                     self._wait(self._write_fd, select.POLLOUT)
                     continue
-                while first < len(todo) and sent >= len(todo[first]):
-                    sent -= len(todo[first])
-                    first += 1
-                if sent:
-                    todo[first] = todo[first][sent:]
+                _advance(todo, sent)
 
     def _write_some(self, fd: int, buffers: list[memoryview]) -> int:
         if self._sock is not None:
-            return self._sock.sendmsg(buffers, (), socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            return self._sock.sendmsg(buffers, (), socket.MSG_NOSIGNAL)
         return os.writev(fd, buffers)
 
     def recv_into(self, view: memoryview) -> int:
@@ -178,6 +176,25 @@ class DescriptorChannel(Channel):
                 if n == 0:
                     self._gate.check()  # the end that our own abort() makes is none
                 return n
+
+    def recv_all(self, views: Sequence[memoryview]) -> int:
+        if self._sock is None:
+            return super().recv_all(views)
+        todo = [view for view in views if len(view)]
+        got = 0
+        with self._io("reading", blocking=True):
+            while todo:
+                try:
+                    n, *_ = self._sock.recvmsg_into(todo[:_IOV_MAX], 0, socket.MSG_WAITALL)
+                except BlockingIOError:  # somebody else who holds the socket wants it so
+                    self._wait(self._readable(), select.POLLIN)
+                    continue
+                if n == 0:
+                    self._gate.check()
+                    break
+                got += n
+                _advance(todo, n)
+        return got
 
     def peek(self, n: int, deadline: float | None = None) -> bytes:
         with self._io("reading"):
@@ -228,9 +245,8 @@ class DescriptorChannel(Channel):
         _raise_error(sock)
 
     def abort(self) -> None:
-        if self._gate.signal() and self._sock is not None:
-            with contextlib.suppress(OSError):
-                self._sock.shutdown(socket.SHUT_RDWR)
+        if self._gate.signal():
+            _shut_down(self._sock)
 
     def close(self) -> None:
         if not self._gate.close():
@@ -267,6 +283,23 @@ class DescriptorChannel(Channel):
     def __del__(self) -> None:
         with contextlib.suppress(Exception):
             self.close()
+
+
+def _shut_down(sock: socket.socket | None) -> None:
+    if sock is not None:
+        with contextlib.suppress(OSError):
+            sock.shutdown(socket.SHUT_RDWR)
+
+
+def _advance(todo: list[memoryview], n: int) -> None:
+    """Take the first n bytes off."""
+    whole = 0
+    while whole < len(todo) and n >= len(todo[whole]):
+        n -= len(todo[whole])
+        whole += 1
+    del todo[:whole]
+    if n:
+        todo[0] = todo[0][n:]
 
 
 def _raise_error(sock: socket.socket) -> None:

@@ -1,7 +1,8 @@
 """Waiting that can be ended: by a deadline, by a cancelled migration, by abort() or close() from another thread.
 
 Nothing in whimbrel blocks in a system call that only its own completion can end: descriptors are used without blocking
-and waited for here. Deadlines are absolute, in seconds of time.monotonic(); None means no deadline.
+and waited for here, but for sockets, where a shutdown ends what is blocked (see Gate). Deadlines are absolute, in seconds
+of time.monotonic(); None means no deadline.
 """
 
 from __future__ import annotations
@@ -122,8 +123,11 @@ class Gate:
     A forked child shares `fd`: its signal() reaches the parent as well, its close() does not.
     """
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, unblock: Callable[[], None] | None = None) -> None:
+        """unblock: ends the system calls of those who enter(blocking=True), which do not wait for `fd`."""
         self.name = name
+        self._unblock = unblock
+        self._blocking = 0
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self.closed = False
         self._aborted = False
@@ -133,15 +137,25 @@ class Gate:
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """Raises ChannelError when aborted or closed, before or in between."""
-        with self._changed:
-            self.check()
-            self._inside += 1
+        """Around what waits for `fd` as well. Raises ChannelError when aborted or closed before."""
+        self.enter()
         try:
             yield
         finally:
-            with self._changed:
-                self._inside -= 1
+            self.leave()
+
+    def enter(self, *, blocking: bool = False) -> None:
+        """inside() in two halves, for what is called often."""
+        with self._changed:
+            self.check()
+            self._inside += 1
+            self._blocking += blocking
+
+    def leave(self, *, blocking: bool = False) -> None:
+        with self._changed:
+            self._inside -= 1
+            self._blocking -= blocking
+            if self.closed:
                 self._changed.notify_all()
 
     def check(self) -> None:
@@ -180,6 +194,8 @@ class Gate:
     def _wake(self) -> None:
         with contextlib.suppress(OSError):  # would block: it is at its maximum, so it is readable
             os.eventfd_write(self.fd, 1)
+        if self._blocking and self._unblock is not None:
+            self._unblock()
 
     def _signalled_by_another_process(self) -> bool:
         poll = select.poll()

@@ -398,6 +398,30 @@ class TransportSuite:
             assert pair.destination.recv_into(memoryview(bytearray(8))) == 0
             assert pair.destination.peek(1, self.soon()) == b""
 
+    def test_receive_all_fills_every_view(self, pair: Pair) -> None:
+        """Across what arrives in pieces, from behind what was peeked, and never more than was asked for."""
+        data = pattern(3 * MIB)
+        pair.source.send([b"peeked"])
+        assert pair.destination.peek(1, self.soon()) == b"p"
+        first, rest = bytearray(4), bytearray(len(data) + 2)
+        views = [memoryview(first), memoryview(b""), memoryview(rest)]
+        receiving = Task(lambda: pair.destination.recv_all(views))
+        for i in range(0, len(data), 100_000):
+            pair.source.send([data[i : i + 100_000]])
+        assert receiving.result(self.patience) == len(data) + 6
+        assert first + rest == b"peeked" + data
+        pair.source.send([b"more"])
+        assert read_exactly(pair.destination, 4) == b"more"
+
+    def test_receive_all_is_short_only_at_the_end(self, pair: Pair) -> None:
+        pair.source.send([b"the last"])
+        pair.source.finish(self.soon())
+        first, rest = bytearray(3), bytearray(10)
+        views = [memoryview(first), memoryview(rest)]
+        assert pair.destination.recv_all(views) == 8
+        assert first + rest[:5] == b"the last"
+        assert pair.destination.recv_all(views) == 0
+
     def test_flush(self, pair: Pair) -> None:
         pair.source.send([b"flushed"])
         pair.source.flush()
@@ -517,6 +541,25 @@ class TransportSuite:
     def test_abort_ends_receive(self, pair: Pair) -> None:
         view = memoryview(bytearray(8))
         self._aborted(pair.destination, lambda: pair.destination.recv_into(view))
+
+    def test_abort_ends_receive_all(self, pair: Pair) -> None:
+        pair.source.send([b"too few"])
+        views = [memoryview(bytearray(8)), memoryview(bytearray(8))]
+        self._aborted(pair.destination, lambda: pair.destination.recv_all(views))
+
+    def _closed(self, channel: Channel, call: Callable[[], object]) -> None:
+        """It ends before close() returns: by then the number of a descriptor may be another file's."""
+        blocked = Task(call)
+        blocked.until_blocked(self.patience)
+        Task(channel.close).result(self.patience)
+        assert isinstance(blocked.error(self.patience), ChannelError)
+
+    def test_close_ends_send(self, pair: Pair) -> None:
+        self._closed(pair.source, lambda: _send_for_ever(pair.source))
+
+    def test_close_ends_receive_all(self, pair: Pair) -> None:
+        views = [memoryview(bytearray(8))]
+        self._closed(pair.destination, lambda: pair.destination.recv_all(views))
 
     def test_abort_ends_peek(self, pair: Pair) -> None:
         self._aborted(pair.destination, lambda: pair.destination.peek(1))

@@ -6,7 +6,6 @@ import zlib
 from typing import Any, Protocol
 
 from whimbrel.errors import LocalError, StreamError
-from whimbrel_ram.multifd.wire import METHODS
 
 _FLAWED = "the data of a multifd packet cannot be unpacked"
 
@@ -44,10 +43,6 @@ def unpacker(method: str) -> Unpacker | None:
     if method == "none":
         return None
     return _ZlibUnpacker() if method == "zlib" else _ZstdUnpacker(_zstandard())
-
-
-def flag(method: str) -> int:
-    return METHODS[method]
 
 
 def _zstandard() -> Any:

@@ -13,7 +13,7 @@ from whimbrel.errors import ChannelError, LocalError
 from whimbrel.state import Outcome
 from whimbrel_ram.multifd import wire
 from whimbrel_ram.multifd.receiving import Receivers
-from whimbrel_ram.multifd.sending import Job, Senders
+from whimbrel_ram.multifd.sending import PACKETS, Job, Senders
 from whimbrel_ram.records import MULTIFD_FLUSH_RECORD, PageFlag
 from whimbrel_ram.transport import Phase, SaveBlock, Sent, StreamPages, zero_pages
 
@@ -62,7 +62,7 @@ class MultifdPages(StreamPages):
         super().__init__(options.page_size)
         self._options = options
         self._is_cancelled = is_cancelled
-        self._most = wire.pages_of(options.page_size)
+        self._most = PACKETS * wire.pages_of(options.page_size)
         self._senders: Senders | None = None
         self._receivers: Receivers | None = None
         self._find: Callable[[str], Target | None] = lambda _: None
@@ -135,20 +135,20 @@ class MultifdPages(StreamPages):
                 senders.drain()  # or the next call would not know of what waits
                 break
             some = pages[done : done + look]
-            if budget.bytes is not None:  # close to the end of a budget, small packets
+            if budget.bytes is not None:  # close to the end of a budget, small jobs
                 some = some[: max(1, (budget.bytes - used) // self._options.page_size + 1)]
             is_zero = self._zero_pages(block, some)
             empty = some[is_zero]
             normal = some[~is_zero] if len(empty) else some
             # Zero pages are cheap to look at: more of them at once.
-            look = min(2 * look, 64 * self._most) if not len(normal) else self._most
+            look = min(2 * look, 8 * self._most) if not len(normal) else self._most
             if len(empty) and legacy:
                 for buffer in self._encoder.zeros(idstr, empty):
                     out.write(buffer)
             else:
                 for i in range(0, len(empty), self._most):
                     senders.put(Job(idstr=idstr, zero=empty[i : i + self._most]))
-            for i in range(0, len(normal), self._most):
+            for i in range(0, len(normal), self._most):  # few, where many were zero
                 senders.put(Job(idstr=idstr, words=block.words, normal=normal[i : i + self._most]))
             self._account(out)
             done += len(some)

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("whimbrel.ram")
 
 _LOOK = 0.1  # seconds between two looks for a cancel, or for the end
-#: Seconds without a byte on a channel that is waited for.
-PATIENCE = 30.0
+#: Seconds without a packet on a channel that is waited for.
+PATIENCE = 60.0
 _SOON = 0.5  # seconds in which a connection says what it is
 _ALIKE = "Switch multifd on at both sides, with multifd-channels alike"
 
@@ -290,7 +290,7 @@ class Receivers:
                 if packet.sync:
                     arrived.syncs += 1
                     arrived.loose = 0
-                self._changed.notify_all()
+                    self._changed.notify_all()
                 while packet.sync and self._released < arrived.syncs and not self._closing:
                     self._changed.wait()
 
@@ -305,13 +305,15 @@ class Receivers:
             )
         size, page_size = target.size, self._page_size
         if len(packet.normal):
-            pages = wire.page_numbers(packet.normal, size, page_size, packet.idstr)
-            low, high = int(pages[0]), int(pages[-1])
-            in_order = high - low == len(pages) - 1 and bool((np.diff(pages) == 1).all())
-            if in_order:  # one piece of memory
-                target.fresh_map[low : high + 1] = False
-                receiver.read_pages(packet, target.memory[low * page_size : (high + 1) * page_size])
+            first = packet.run(page_size)
+            if first is not None:  # one piece of memory
+                count = len(packet.normal)
+                piece = wire.memory_of(first, count, size, page_size, packet.idstr)
+                page = first // page_size
+                target.fresh_map[page : page + count] = False
+                receiver.read_pages(packet, target.memory[piece])
             else:
+                pages = wire.page_numbers(packet.normal, size, page_size, packet.idstr)
                 target.rows[pages] = receiver.pages(packet)
                 target.fresh_map[pages] = False
         if len(packet.zero):
@@ -319,36 +321,44 @@ class Receivers:
 
 
 class _Receiver:
-    """One channel: bytes into packets. Never takes a byte behind the packet at hand."""
+    """One channel: bytes into packets. A packet with a sync is the last that is touched before the channel goes on."""
 
     def __init__(self, arrived: _Arrived, page_size: int, method: str) -> None:
         self._arrived = arrived
         self._page_size = page_size
-        self._method = packing.flag(method)
+        self._method = wire.METHODS[method]
         self._unpacker = packing.unpacker(method)
         self._head = memoryview(bytearray(wire.header_size(page_size)))
+        self._have_head = False
         rows = np.empty((wire.pages_of(page_size), page_size), np.uint8)
         self._rows, self._bytes = rows, rows.reshape(-1).data
         self._packed = memoryview(b"")
 
     def read(self, n: int) -> memoryview | None:
         """The next n bytes, valid until the next call; None at an end in order."""
-        return self._head[:n] if self._fill(self._head[:n], may_end=True) else None
+        view = self._head[:n]
+        got = self._fill(view)
+        if 0 < got < n:
+            raise self._cut(n, got)
+        return view if got else None
 
     def packet(self) -> wire.Packet | None:
         """The next one; None at the end. Its data comes next, where it has normal pages."""
-        head = self.read(len(self._head))
-        return None if head is None else wire.decode(head, self._page_size, self._method)
+        if not self._have_head and self.read(len(self._head)) is None:
+            return None
+        self._have_head = False
+        return wire.decode(self._head, self._page_size, self._method)
 
     def read_pages(self, packet: wire.Packet, into: memoryview) -> None:
         """The bytes of its normal pages."""
         if self._unpacker is None:
-            self._fill(into)
+            self._read_data(packet, into)
             return
         if len(self._packed) < packet.size:
             self._packed = memoryview(bytearray(packet.size))
-        self._fill(self._packed[: packet.size])
-        self._unpacker.unpack(self._packed[: packet.size], into)
+        packed = self._packed[: packet.size]
+        self._read_data(packet, packed)
+        self._unpacker.unpack(packed, into)
 
     def pages(self, packet: wire.Packet) -> NDArray[np.uint8]:
         """The same, a row a page, valid until the next call."""
@@ -356,19 +366,22 @@ class _Receiver:
         self.read_pages(packet, self._bytes[: n * self._page_size])
         return self._rows[:n]
 
-    def _fill(self, view: memoryview, *, may_end: bool = False) -> bool:
-        got = 0
-        while got < len(view):
-            n = self._arrived.channel.recv_into(view[got:])
-            if not n:
-                if may_end and not got:
-                    return False
-                raise EndOfStream(
-                    "a multifd channel ended in the middle of a packet",
-                    section="ram",
-                    expected=f"{len(view)} bytes",
-                    found=got,
-                )
-            got += n
-            self._arrived.received += n
-        return True
+    def _read_data(self, packet: wire.Packet, into: memoryview) -> None:
+        """In one call with the next header, since one must come behind pages without a sync."""
+        got = self._fill(into) if packet.sync else self._fill(into, self._head)
+        self._have_head = got == len(into) + len(self._head)
+        if got != len(into) and not self._have_head:
+            raise self._cut(len(into), got)
+
+    def _fill(self, *views: memoryview) -> int:
+        got = self._arrived.channel.recv_all(views)
+        self._arrived.received += got
+        return got
+
+    def _cut(self, expected: int, got: int) -> MigrationError:
+        return EndOfStream(
+            "a multifd channel ended in the middle of a packet",
+            section="ram",
+            expected=f"{expected} bytes",
+            found=got,
+        )

@@ -1,4 +1,4 @@
-"""The source's channels: a thread each, which gathers the pages of a packet and sends them."""
+"""The source's channels: a thread each, which makes packets of pages and sends them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ import numpy as np
 
 from whimbrel.errors import Cancelled, MigrationError
 from whimbrel_ram.multifd import packing, wire
+from whimbrel_ram.multifd.wire import METHODS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from whimbrel.channel import Channel
 
-#: Packets that wait for one channel: one being sent, one being ready.
+#: Jobs that wait for one channel: one being sent, one being ready.
 _DEPTH = 2
+#: Packets of one job. What lies in one piece goes in one system call: the threads of both channels then hardly meet.
+PACKETS = 8
 _LOOK = 0.1  # seconds between two looks for a cancel
 
 
 @attrs.frozen(kw_only=True)
 class Job:
-    """What becomes a packet."""
+    """What becomes packets, PACKETS at the most."""
 
     idstr: bytes = b""
     words: NDArray[np.uint64] | None = None  # the block as rows of words
@@ -148,7 +151,7 @@ class Senders:
         try:
             sender = _Sender(self._channels[index], self._page_size, self._method, self._level)
             while (job := self._take(index)) is not None:
-                size = sender.send(job, self._count())
+                size = sender.send(job, self._count(sender.packets(job)))
                 with self._changed:
                     self._busy[index] = False
                     self._sent += size
@@ -172,10 +175,12 @@ class Senders:
             self._busy[index] = True
             return queue.popleft()
 
-    def _count(self) -> int:
+    def _count(self, packets: int) -> int:
+        """The number of the first of so many."""
         with self._changed:
-            self._number += 1
-            return self._number
+            first = self._number + 1
+            self._number += packets
+            return first
 
 
 class _Sender:
@@ -184,42 +189,56 @@ class _Sender:
     def __init__(self, channel: Channel, page_size: int, method: str, level: int) -> None:
         self._channel = channel
         self._page_size = page_size
-        self._flags = packing.flag(method)
+        self._most = wire.pages_of(page_size)
+        self._flags = METHODS[method]
         self._packer = packing.packer(method, level)
-        self._staging = np.empty((wire.pages_of(page_size), page_size // 8), np.uint64)
+        self._staging = np.empty((self._most, page_size // 8), np.uint64)
 
-    def send(self, job: Job, number: int) -> int:
-        data: list[bytes | memoryview] = []
-        size = 0
-        if len(job.normal):
-            pages = self._pages(job)
-            data.append(pages if self._packer is None else self._packer.pack(pages))
-            size = len(data[0])
-        step = np.uint64(self._page_size)
-        packet = wire.Packet(
-            flags=wire.SYNC if job.sync else self._flags,
-            number=number,
-            idstr=job.idstr,
-            normal=job.normal.astype(np.uint64) * step,
-            zero=job.zero.astype(np.uint64) * step,
-            size=size,
-        )
-        head = wire.encode(packet, self._page_size)
-        self._channel.send([head, *data])
-        return len(head) + size
+    def packets(self, job: Job) -> int:
+        """How many a job makes."""
+        return max(1, -(-max(len(job.normal), len(job.zero)) // self._most))
 
-    def _pages(self, job: Job) -> memoryview:
-        """The bytes of its normal pages. What is one piece of memory is sent from where it is, but packed from a copy: the
-        machine may write to it meanwhile.
+    def send(self, job: Job, first: int) -> int:
+        """Packets, numbered from `first`; how many bytes they had."""
+        size, step = 0, np.uint64(self._page_size)
+        ready: list[bytes | bytearray | memoryview] = []
+        for i in range(self.packets(job)):
+            some = slice(i * self._most, (i + 1) * self._most)
+            normal, zero = job.normal[some], job.zero[some]
+            data, in_place = self._data(job, normal) if len(normal) else (b"", True)
+            packet = wire.Packet(
+                flags=wire.SYNC if job.sync else self._flags,
+                number=first + i,
+                idstr=job.idstr,
+                normal=normal.astype(np.uint64) * step,
+                zero=zero.astype(np.uint64) * step,
+                size=len(data),
+            )
+            ready += wire.encode(packet, self._page_size), data
+            if not in_place:  # the next would overwrite it
+                size += self._flush(ready)
+        return size + self._flush(ready)
+
+    def _flush(self, ready: list[bytes | bytearray | memoryview]) -> int:
+        self._channel.send(ready)
+        size = sum(map(len, ready))
+        ready.clear()
+        return size
+
+    def _data(self, job: Job, pages: NDArray[np.intp]) -> tuple[bytes | memoryview, bool]:
+        """The bytes of those pages, and whether they stay as they are. What is one piece of memory is sent from where it is,
+        but packed from a copy: the machine may write to it meanwhile.
         """
         assert job.words is not None
-        n = len(job.normal)
-        low, high = int(job.normal[0]), int(job.normal[-1])
+        n = len(pages)
+        low, high = int(pages[0]), int(pages[-1])
         in_order = high - low == n - 1
-        rows = job.words[low : high + 1] if in_order else self._staging[:n]
-        if not in_order:
-            np.take(job.words, job.normal, axis=0, out=rows, mode="clip")
-        elif self._packer is not None:
-            self._staging[:n] = rows
-            rows = self._staging[:n]
-        return rows.reshape(-1).view(np.uint8).data
+        if in_order and self._packer is None:
+            return job.words[low : high + 1].reshape(-1).view(np.uint8).data, True
+        rows = self._staging[:n]
+        if in_order:
+            rows[:] = job.words[low : high + 1]
+        else:
+            np.take(job.words, pages, axis=0, out=rows, mode="clip")
+        data = rows.reshape(-1).view(np.uint8).data
+        return (data, False) if self._packer is None else (self._packer.pack(data), True)

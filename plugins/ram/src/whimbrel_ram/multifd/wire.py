@@ -90,6 +90,12 @@ class Packet:
     def sync(self) -> bool:
         return bool(self.flags & SYNC)
 
+    def run(self, page_size: int) -> int | None:
+        """The first offset of the normal pages where each comes right behind the one before, as they mostly do."""
+        first = self.normal[0]
+        ramp = np.arange(len(self.normal), dtype=np.uint64) * np.uint64(page_size)
+        return int(first) if ((self.normal - first) == ramp).all() else None
+
 
 def encode(packet: Packet, page_size: int) -> bytearray:
     """The header."""
@@ -150,18 +156,31 @@ def decode(data: bytes | bytearray | memoryview, page_size: int, method: int) ->
     )
 
 
+def memory_of(offset: int, pages: int, block_size: int, page_size: int, idstr: bytes) -> slice:
+    """The bytes of so many pages from that offset on. Raises StreamError if they are not all in the block."""
+    end = offset + pages * page_size
+    if offset % page_size or end > block_size:
+        fine = offset % page_size == 0 and offset < block_size
+        _refuse_page(block_size if fine else offset, block_size, page_size, idstr)
+    return slice(offset, end)
+
+
 def page_numbers(
     offsets: NDArray[np.uint64], block_size: int, page_size: int, idstr: bytes
 ) -> NDArray[np.intp]:
     """Pages at those offsets. Raises StreamError for one that is not in the block."""
     wrong = (offsets >= np.uint64(block_size)) | (offsets % np.uint64(page_size) != 0)
     if wrong.any():
-        _refuse(
-            f"a multifd packet with a page that is not in RAM block '{shown(idstr)}'",
-            f"a multiple of {page_size} below {block_size:#x}",
-            f"{int(offsets[wrong.argmax()]):#x}",
-        )
+        _refuse_page(int(offsets[wrong.argmax()]), block_size, page_size, idstr)
     return (offsets // np.uint64(page_size)).astype(np.intp)
+
+
+def _refuse_page(offset: int, block_size: int, page_size: int, idstr: bytes) -> NoReturn:
+    _refuse(
+        f"a multifd packet with a page that is not in RAM block '{shown(idstr)}'",
+        f"a multiple of {page_size} below {block_size:#x}",
+        f"{offset:#x}",
+    )
 
 
 def _refuse(what: str, expected: object, found: object, hint: str | None = None) -> NoReturn:

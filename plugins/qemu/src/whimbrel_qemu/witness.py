@@ -82,7 +82,7 @@ class Witness:
     @staticmethod
     def _last_words(log: _Log) -> str:
         deadline = time.monotonic() + _SOON
-        while words.explain(text := log.read()) is None and time.monotonic() < deadline:
+        while not words.ended(text := log.read()) and time.monotonic() < deadline:
             time.sleep(_POLL)
         return text
 

@@ -277,6 +277,7 @@ _TABLE: tuple[tuple[re.Pattern[str], Make], ...] = tuple(
 )
 _AT = re.compile(r"error while loading state for instance (0x[0-9a-f]{1,8}) of device '([^']*)'")
 _FIELD = re.compile(r"Failed to load (\S+):(\S+)")
+_LAST = re.compile(r"load of migration failed|Assertion `.*' failed")
 #: What is said of a section in which nothing but this was wrong.
 UNKNOWN_SUBSECTION = "it has a subsection that the destination does not know"
 _NOT_KNOWN = "load of migration failed: No such file or directory"
@@ -297,6 +298,11 @@ def explain(said: str) -> Reason | None:
     if reason.section in advice.CPU and reason.hint in (_SAME, _LAYOUT):
         reason = attrs.evolve(reason, hint=advice.SAME_CPU)
     return reason
+
+
+def ended(said: str) -> bool:
+    """Whether nothing more is to come: QEMU says the place first, and the reason in a line of its own behind it."""
+    return _LAST.search(said) is not None
 
 
 def _by_place(said: str, path: str | None) -> Reason:

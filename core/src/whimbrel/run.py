@@ -17,6 +17,7 @@ from whimbrel.handle import Handle, Result
 from whimbrel.notifiers import What
 from whimbrel.savevm import SaveVMHandler
 from whimbrel.state import Outcome, Status
+from whimbrel.turns import TURNS
 from whimbrel.wire.format import GlobalStateForm
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class Run(Handle):
             handlers = [*handlers, self._global_state]
         self.handlers = handlers
         self._channel: Channel | None = None
+        self._short_turns = False
         #: Past the point of no return: cancelling is refused.
         self._committed = False
         self._cancel_told = threading.Event()
@@ -102,6 +104,9 @@ class Run(Handle):
         """From here on a cancel aborts the channel; one that came before is noticed."""
         with self._lock:
             self._channel = channel
+        if not self._short_turns:
+            TURNS.hold()
+            self._short_turns = True
         self._check_cancelled()
 
     def _commit_point(self) -> None:
@@ -137,5 +142,8 @@ class Run(Handle):
         )
 
     def _release(self) -> None:
+        if self._short_turns:
+            TURNS.release()
+            self._short_turns = False
         if self._channel is not None:
             self._channel.close()

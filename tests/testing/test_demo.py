@@ -48,7 +48,8 @@ def test_every_way_moves_the_machine_and_proves_it(uri, tmp_path):
     assert result["running"] == ["destination"]
     assert result["violations"] == []
     assert result["acknowledged"] is (uri != "exec:")
-    assert result["transferred"] > 16 << 20
+    assert result["transferred"] > (16 + 32) << 20
+    assert result["disk_writes"] > 0
     assert 0 < result["felt_downtime"] < result["total_time"] + 1
     assert list(tmp_path.iterdir()) == []
 
@@ -64,6 +65,7 @@ def test_the_output_without_a_terminal_is_plain(tmp_path):
         r"downtime [\d,]+ ms as the engine measured it, [\d,]+ ms as the guest felt it", text
     )
     assert re.search(r"nothing lost 4,352 pages hold exactly their last of [\d,]+ writes", text)
+    assert re.search(r"the disk holds its [\d,]+, the hash chain", text)
     assert "never twice the lease was held by one process at a time" in text
 
 

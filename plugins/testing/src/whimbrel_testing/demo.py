@@ -140,11 +140,12 @@ class Progress:
     _last: tuple[float, int] | None = None
 
     def update(self, info: dict[str, Any]) -> None:
-        ram = info.get("ram", {})
+        ram, disk = info.get("ram", {}), info.get("disk", {})
         self.status = info.get("status", self.status)
         self.passes = ram.get("dirty-sync-count", self.passes)
-        self.sent = ram.get("transferred", self.sent)
-        self.remaining = ram.get("remaining", self.remaining)
+        if ram:
+            self.sent = ram["transferred"] + disk.get("transferred", 0)
+            self.remaining = ram["remaining"] + disk.get("remaining", 0)
         now = time.monotonic()
         if self._last is None or now - self._last[0] >= 0.3:
             if self._last is not None:
@@ -258,10 +259,7 @@ class Demo:
         uri = wires.connect or heard[0]
         display.rows(
             [
-                (
-                    "machine",
-                    f"{_mib(self.config.ram)} of RAM, of which it writes {_mib(self.config.rate)} a second, and 4 devices",
-                ),
+                ("machine", self._machine()),
                 ("source", f"process {source.pid}, where it runs now"),
                 ("destination", f"process {destination.pid}, waiting at {heard[0]}"),
                 ("link", f"at most {_mib(self.bandwidth)}/s" if self.bandwidth else "no limit"),
@@ -269,14 +267,22 @@ class Demo:
             ]
         )
         display.say()
-        progress = Progress(self.config.ram + self.config.small)
+        progress = Progress(self.config.ram + self.config.small + self.config.disk)
         try:
-            source.call("migrate", uri=uri)
+            source.call("migrate", uri=uri, blk=bool(self.config.disk))
             result = _follow(source, progress, display)
             return self._conclude(pair, uri, progress, result, display)
         except KeyboardInterrupt:
             self._cancel(pair, display)
             raise
+
+    def _machine(self) -> str:
+        config = self.config
+        disk = f", {_mib(config.disk)} of disk ({_mib(config.disk_rate)})" if config.disk else ""
+        return (
+            f"{_mib(config.ram)} of RAM, of which it writes {_mib(config.rate)} a second{disk}, "
+            "and 4 devices"
+        )
 
     def _conclude(
         self,
@@ -325,6 +331,7 @@ class Demo:
         return {
             "uri": uri,
             "ram": self.config.ram,
+            "disk": self.config.disk,
             "dirty_rate": self.config.rate,
             "max_bandwidth": self.bandwidth,
             "downtime_limit": self.downtime / 1000,
@@ -339,6 +346,7 @@ class Demo:
             "felt_downtime": felt["felt_downtime"],
             "longest_stall": felt["longest_stall"],
             "writes": proof["writes"],
+            "disk_writes": proof["disk_writes"],
             "proof_holds": proof["holds"],
             "faults": proof["faults"],
             "running": running,
@@ -403,10 +411,15 @@ def _pause(seconds: float) -> None:
     threading.Event().wait(seconds)
 
 
+def _whole_batches(size: int) -> int:
+    return -(-size // BATCH_BYTES) * BATCH_BYTES
+
+
 _HELP = """A running machine moves from one process to another.
 
-Two processes start, each with a stress machine: RAM, four devices, and a workload that keeps writing numbered pages. The
-machine of the first migrates to the second while it runs, and proves there that no write was lost, repeated or torn.
+Two processes start, each with a stress machine: RAM, a disk, four devices, and a workload that keeps writing numbered
+pages and blocks. The machine of the first migrates to the second while it runs, disk and all, and proves there that no
+write was lost, repeated or torn.
 
 \b
 Ways to go (--uri):
@@ -429,6 +442,13 @@ Examples:
 @click.option("--uri", default="tcp:127.0.0.1:0", show_default=True, help="How to get there.")
 @click.option("--incoming", metavar="URI", help="How the destination receives, if not at --uri.")
 @click.option("--ram", type=_Size(), default="256M", show_default=True, help="RAM of the machine.")
+@click.option(
+    "--disk",
+    type=_Size(),
+    default="32M",
+    show_default=True,
+    help="Its disk, which travels in the stream; 0 for none.",
+)
 @click.option(
     "--dirty-rate",
     type=_Size(),
@@ -456,16 +476,18 @@ def main(
     uri: str,
     incoming: str | None,
     ram: int,
+    disk: int,
     dirty_rate: int,
     downtime: int,
     bandwidth: int,
     as_json: bool,
 ) -> None:
-    ram = max(BATCH_BYTES, (ram + BATCH_BYTES - 1) // BATCH_BYTES * BATCH_BYTES)
+    ram = max(BATCH_BYTES, _whole_batches(ram))
+    disk = max(MIB, _whole_batches(disk)) if disk else 0
     demo = Demo(
         uri=uri,
         incoming=incoming,
-        config=StressConfig(ram=ram, rate=dirty_rate),
+        config=StressConfig(ram=ram, rate=dirty_rate, disk=disk),
         downtime=downtime,
         bandwidth=bandwidth,
     )

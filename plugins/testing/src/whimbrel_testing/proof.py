@@ -41,7 +41,7 @@ class Proof:
 
     def __str__(self) -> str:
         if self.holds:
-            disk = f", its disk holds its {self.disk_writes:,} writes," if self.disk_writes else ""
+            disk = f" the disk holds its {self.disk_writes:,}," if self.disk_writes else ""
             return (
                 f"{self.pages:,} pages hold exactly their last of {self.writes:,} writes,{disk} the hash chain over all of them"
                 f" is whole, and the serial log runs on over {self.lines:,} lines"

@@ -16,6 +16,8 @@ from whimbrel_testing.peers import wait_until
 MACHINE = "pc-i440fx-7.2"
 _FLOPPY = 1_474_560
 MIB = 1 << 20
+#: What SeaBIOS keeps at the end of RAM is below 1 MiB; q35 has 16 MiB of SMRAM behind it where there is more RAM than this.
+_KEPT_MIB, _SMALL_MIB, _KEPT_BELOW_SMRAM_MIB = 1, 32, 17
 
 
 @attrs.frozen(kw_only=True)
@@ -51,7 +53,14 @@ def counting_guest(
     pages_per_tick: int = 64,
     hz: int = 500,
 ) -> CountingGuest:
-    """Its images go to folder. It dirties pages_per_tick * hz pages a second of a ring of `pages`."""
+    """Its images go to folder. It dirties pages_per_tick * hz pages a second of a ring of `pages`.
+
+    Raises ValueError for a ring that reaches into what firmware keeps at the end of RAM: the guest would take it for a
+    page that was lost.
+    """
+    kept = _KEPT_MIB if memory_mib <= _SMALL_MIB else _KEPT_BELOW_SMRAM_MIB
+    if counter.RING + pages * counter.PAGE > (memory_mib - kept) * MIB:
+        raise ValueError(f"{pages} pages reach into the last {kept} of {memory_mib} MiB")
     sector = counter.boot_sector(pages=pages, pages_per_tick=pages_per_tick, hz=hz)
     guest = CountingGuest(
         image=folder / "counter.img", rom=folder / "counter.rom", memory_mib=memory_mib

@@ -11,13 +11,8 @@ the CPU's registers with a segment limit that no real-mode reset has (4 GiB in E
 
 from __future__ import annotations
 
-from whimbrel_testing.guest.assembler import (
-    BootSector,
-    flat_segment,
-    flat_segment_table,
-    imm16,
-    imm32,
-)
+from whimbrel_testing.guest import timer
+from whimbrel_testing.guest.assembler import BootSector, flat_segment_table, imm16, imm32
 from whimbrel_testing.guest.serial import print_routine, say_next_number, words
 
 PAGE = 4096
@@ -25,32 +20,13 @@ RING = 1 << 20  #: address of the first page of the ring
 LINE = 9  #: bytes of a line: eight digits and a newline
 BAD = "BAD PAGE"
 
-_PIT_HZ = 1_193_182
-
 
 def boot_sector(*, pages: int = 1024, pages_per_tick: int = 64, hz: int = 1000) -> bytes:
     """The 512 bytes. `pages` long is the ring; hz interrupts a second dirty `pages_per_tick` pages each."""
-    divisor = _PIT_HZ // hz
-    if not (0 < divisor <= 0xFFFF and 0 < pages_per_tick <= pages):
-        raise ValueError("19 Hz is the slowest, and the ring at least as long as one tick's pages")
+    if not 0 < pages_per_tick <= pages:
+        raise ValueError("the ring is at least as long as one tick's pages")
     c = BootSector()
-    c.op("fa", "cli")
-    c.op("31 c0", "xor ax, ax")
-    c.op("8e d8", "mov ds, ax")
-    c.op("8e d0", "mov ss, ax")
-    c.op("bc", "mov sp, 0x7c00", imm16(0x7C00))
-    c.op("e4 92 0c 02 e6 92", "in al, 0x92; or al, 2; out 0x92, al   ; address line 20")
-
-    flat_segment(c)
-    c.address("c7 06 20 00", "mov word [8 * 4], irq0", "irq0")
-    c.op("89 1e 22 00", "mov [8 * 4 + 2], bx")
-    c.op("b0 34 e6 43", "mov al, 0x34; out 0x43, al   ; timer 0: rate generator")
-    c.op("b0", "mov al, low byte of the divisor", bytes((divisor & 0xFF,)))
-    c.op("e6 40", "out 0x40, al")
-    c.op("b0", "mov al, its high byte", bytes((divisor >> 8,)))
-    c.op("e6 40", "out 0x40, al")
-    c.op("b0 fe e6 21", "mov al, 0xfe; out 0x21, al   ; the timer is the only interrupt")
-    c.op("b0 ff e6 a1", "mov al, 0xff; out 0xa1, al")
+    timer.begin(c, hz)
 
     c.op("66 bb", "mov ebx, 1   ; the step", imm32(1))
     c.op("66 bf", "mov edi, RING   ; the page", imm32(RING))
@@ -83,8 +59,7 @@ def boot_sector(*, pages: int = 1024, pages_per_tick: int = 64, hz: int = 1000) 
 
     print_routine(c)
 
-    c.label("irq0")
-    c.op("50 b0 20 e6 20 58 cf", "push ax; mov al, 0x20; out 0x20, al; pop ax; iret")
+    timer.handler(c)
 
     words(c, BAD)
     flat_segment_table(c)

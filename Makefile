@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 DISTS := core $(wildcard plugins/*)
 ARGS ?=
 
-.PHONY: demo test lint bench stress fuzz rdma-lab docs clean setup
+.PHONY: demo test lint bench bench-scaling profile stress fuzz rdma-lab docs clean setup
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(DISTS)) tools/setup
@@ -24,8 +24,14 @@ lint: setup
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/mypy core/src plugins/*/src
 
-bench: setup  ## our speed beside QEMU's and beside a raw socket copy
-	$(BIN)/python benchmarks/ram.py $(ARGS)
+bench: setup  ## our speed beside QEMU's and the raw limit: a table, and a page with plots (ARGS="--only random --runs 3 --size 256M")
+	$(BIN)/python benchmarks/bench.py $(ARGS)
+
+bench-scaling: setup  ## how it goes with RAM, channels, blocks and dirty rate: curves
+	$(BIN)/python benchmarks/bench.py --scaling $(ARGS)
+
+profile: setup  ## where the time of a migration goes, thread by thread (ARGS="--multifd 2 --channel unix")
+	$(BIN)/python benchmarks/profiling.py $(ARGS)
 
 stress: setup  ## kill -9 of either side at 200 random moments, and a link cut in every phase
 	WHIMBREL_KILLS=$${WHIMBREL_KILLS:-200} $(BIN)/python -m pytest tests/promise $(ARGS)

@@ -5,14 +5,13 @@
 Two processes, over tcp. `copy` reads the file a megabyte at a time and sends it; the other side writes it, and answers
 when it is synced. `ours` is a whole migration of a machine with that disk, from migrate() to the end of wait(). Each is
 run in turn, after one run of each to warm up; memory is watched in runs of their own. `sparse` is an image of 4 GiB that holds 200 MiB, in pieces of 2 MiB, and
-`data` one of 200 MiB. Memory is the highest proportional set size in the process beyond what it had before the first run.
+`data` one of 200 MiB. Memory is the most that the process had resident beyond what it had before the run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import shutil
 import socket
@@ -21,14 +20,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from footprint import Peak, pss
+from footprint import Peak, resident
+from remote import PATIENCE, Remote
 
 MIB = 1 << 20
-PATIENCE = 300  # seconds
 
 
 class Side:
@@ -72,8 +70,8 @@ class Side:
         if not watch:
             work()
             return time.perf_counter() - began, 0.0
-        before = pss()
-        peak = Peak((0, 0))
+        before = resident()
+        peak = Peak()
         peak.start()
         try:
             work()
@@ -115,56 +113,21 @@ class Side:
         return time.perf_counter() - began
 
 
-def serve(folder: Path, role: str, pipe: Connection) -> None:
-    side = Side(folder, role)
-    while (request := pipe.recv()) is not None:
-        command, *arguments = request
-        try:
-            pipe.send((True, getattr(side, command)(*arguments)))
-        except Exception as error:
-            pipe.send((False, repr(error)))
-
-
-class Remote:
-    """The other end of serve()."""
-
-    def __init__(self, folder: Path, role: str) -> None:
-        context = multiprocessing.get_context("spawn")
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(folder, role, theirs), daemon=True)
-        self.process.start()
-
-    def start(self, *request: Any) -> None:
-        self.pipe.send(request)
-
-    def finish(self) -> Any:
-        if not self.pipe.poll(PATIENCE):
-            raise TimeoutError("a side of the benchmark does not answer")
-        fine, value = self.pipe.recv()
-        if not fine:
-            raise RuntimeError(value)
-        return value
-
-    def __call__(self, *request: Any) -> Any:
-        self.start(*request)
-        return self.finish()
-
-
 def ours(
     source: Remote, destination: Remote, what: str, size: int, *, watch: bool = False
 ) -> tuple[float, float, float]:
     """Seconds, and MiB of memory on either side."""
     uri = destination("listen", what, size)
-    destination.start("received", watch)
+    received = destination.start("received", watch)
     seconds, memory = source("send", what, size, uri, watch)
-    return seconds, memory, destination.finish()
+    return seconds, memory, received()
 
 
 def copy(source: Remote, destination: Remote, what: str, size: int) -> float:
     port = destination("copy_listen", what, size)
-    destination.start("copy_received", what, size)
+    received = destination.start("copy_received", what, size)
     seconds = source("copy_send", what, port)
-    destination.finish()
+    received()
     return float(seconds)
 
 
@@ -190,7 +153,7 @@ def measure(folder: Path, size: int, runs: int) -> dict[str, Any]:
         "sparse": (4096 * MIB, 200 * MIB),
         "data": (200 * MIB, 200 * MIB),
     }
-    source, destination = Remote(folder, "source"), Remote(folder, "destination")
+    source, destination = Remote(Side, folder, "source"), Remote(Side, folder, "destination")
     for what, (whole, data) in images.items():
         fill(folder / f"{what}-source.img", whole, data, 2 * MIB)
     times: dict[str, list[float]] = {n: [] for n in ("copy", "ours", "sparse", "data")}
@@ -210,8 +173,7 @@ def measure(folder: Path, size: int, runs: int) -> dict[str, Any]:
         for what, (whole, _) in images.items()
     }
     for side in (source, destination):
-        side.pipe.send(None)
-        side.process.join(10)
+        side.stop()
     middle = {n: statistics.median(t) for n, t in times.items()}
     return {
         "size": size,

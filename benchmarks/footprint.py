@@ -2,9 +2,9 @@
 
     python benchmarks/footprint.py [--size 1G] [--tracker auto] [--json]
 
-Two processes migrate over tcp while the source's machine keeps writing. In each, the proportional set size (Pss) is
-sampled during the whole run, guest RAM left out, and what the process had after `import whimbrel` is taken off: what
-remains is the engine, its plugins and numpy. The highest sample counts.
+Two processes migrate over tcp while the source's machine keeps writing. In each, the resident memory is sampled during the
+whole run, shared memory left out (guest RAM is a memfd), and what the process had after `import whimbrel` is taken off:
+what remains is the engine, its plugins and numpy. The highest sample counts.
 """
 
 from __future__ import annotations
@@ -17,35 +17,27 @@ import threading
 from multiprocessing.connection import Connection
 from typing import Any
 
-PATIENCE = 60  # seconds
+PATIENCE = 300  # seconds
 
 
-def pss(skip: tuple[int, int] = (0, 0)) -> int:
-    """Bytes of this process, mappings inside the address range `skip` left out."""
-    total, inside = 0, False
-    with open("/proc/self/smaps", encoding="utf-8", errors="replace") as file:
-        for line in file:
-            first = line.split(maxsplit=1)[0]
-            if "-" in first and not first.endswith(":"):
-                low, high = (int(x, 16) for x in first.split("-"))
-                inside = skip[0] <= low and high <= skip[1]
-            elif first == "Pss:" and not inside:
-                total += int(line.split()[1]) << 10
-    return total
+def resident() -> int:
+    """Bytes of this process without shared memory, which is where guest RAM is."""
+    with open("/proc/self/status", encoding="utf-8") as file:
+        fields = (line.split() for line in file)
+        return sum(int(f[1]) << 10 for f in fields if f[0] in ("RssAnon:", "RssFile:"))
 
 
 class Peak(threading.Thread):
     """The highest sample, until stop()."""
 
-    def __init__(self, skip: tuple[int, int]) -> None:
+    def __init__(self) -> None:
         super().__init__(daemon=True)
         self.highest = 0
-        self._skip = skip
         self._done = threading.Event()
 
     def run(self) -> None:
         while not self._done.wait(0.005):
-            self.highest = max(self.highest, pss(self._skip))
+            self.highest = max(self.highest, resident())
 
     def stop(self) -> int:
         self._done.set()
@@ -57,14 +49,16 @@ def side(role: str, size: int, tracker: str, pipe: Connection) -> None:
     import whimbrel
 
     whimbrel.Kernel, whimbrel.Machine  # noqa: B018 - what an app imports first
-    base = pss()
+    base = resident()
     from whimbrel_ram import RAMBlock
 
     machine = whimbrel.Machine("bench-1.0")
     block = machine.add(RAMBlock("ram", size))
-    for i in range(0, size, 4096):  # without numpy: that is a part of what is measured
-        block.buffer[i] = i >> 12 & 0xFF
-    peak = Peak((block.address, block.address + size))
+    pattern = b"".join(bytes((n,)) * 4096 for n in range(1, 256))
+    for i in range(0, size, len(pattern)):  # without numpy: that is a part of what is measured
+        piece = block.buffer[i : i + len(pattern)]
+        piece[:] = pattern[: len(piece)]
+    peak = Peak()
     peak.start()
     kernel = whimbrel.Kernel(machine)
     figures: dict[str, Any] = {}

@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +30,9 @@ from typing import Any
 
 import attrs
 import numpy as np
-from ram import PATIENCE, QEMU, Qmp, fill
+from qemus import QEMU, UNLIMITED, place, qemu, warm_files
+from remote import PATIENCE
+from sides import fill
 
 from whimbrel.settings import parse_size
 
@@ -44,57 +45,6 @@ class Run:
     downtime: float
     #: Bytes; None without a relay.
     resident: int | None
-
-
-class Events(Qmp):
-    """A monitor that notes when events came."""
-
-    def __call__(self, command: str, **arguments: Any) -> Any:
-        self.seen: dict[str, float]
-        self.file.write(json.dumps({"execute": command, "arguments": arguments}).encode() + b"\n")
-        self.file.flush()
-        while True:
-            answer = json.loads(self.file.readline())
-            if "event" in answer:
-                stamp = answer["timestamp"]
-                self.__dict__.setdefault("seen", {})[answer["event"]] = (
-                    stamp["seconds"] + stamp["microseconds"] / 1e6
-                )
-            if "error" in answer:
-                raise RuntimeError(answer["error"]["desc"])
-            if "return" in answer:
-                return answer["return"]
-
-    def event(self, name: str) -> float:
-        """When it came, in seconds of the system's clock; waits for it."""
-        deadline = time.monotonic() + PATIENCE
-        while name not in self.__dict__.get("seen", {}):
-            if time.monotonic() > deadline:
-                raise TimeoutError(name)
-            self("query-status")
-            time.sleep(0.01)
-        return self.seen[name]
-
-
-@contextmanager
-def qemu(folder: Path, name: str, memory: Path, size: int, *more: str) -> Iterator[Events]:
-    path = folder / f"{name}.qmp"
-    path.unlink(missing_ok=True)
-    process = subprocess.Popen(
-        [
-            *(QEMU, "-M", "pc", "-accel", "tcg", "-nodefaults", "-display", "none"),
-            *("-m", f"{size >> 20}M", "-machine", "memory-backend=m"),
-            "-object",
-            f"memory-backend-file,id=m,mem-path={memory},size={size},share=on,prealloc=on",
-            *("-qmp", f"unix:{path},server=on,wait=off"),
-            *more,
-        ]
-    )
-    try:
-        yield Events(path, process)
-    finally:
-        process.kill()
-        process.wait()
 
 
 @contextmanager
@@ -161,47 +111,36 @@ def copied(uri: str, target: str) -> Iterator[tuple[str, list[int]]]:
         process.kill()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
-
-
 def once(
     folder: Path, files: tuple[Path, Path], size: int, *, channel: str, limit: int, way: str
 ) -> Run:
     for path in folder.glob("*.sock"):
         path.unlink()
-    to = f"unix:{folder}/to.sock" if channel == "unix" else f"tcp:127.0.0.1:{free_port()}"
-    on = [{"capability": c, "state": True} for c in ("return-path", "events")]
+    to = place(f"unix:{folder}/to.sock" if channel == "unix" else "tcp:")
     with (
         qemu(folder, "dst", files[1], size, "-incoming", "defer") as dst,
         qemu(folder, "src", files[0], size) as src,
     ):
         for side in (src, dst):
-            side("migrate-set-capabilities", capabilities=on)
+            side.capabilities("return-path", "events")
         dst("migrate-incoming", uri=to)
-        src("migrate-set-parameters", **{"max-bandwidth": limit or 1 << 40})
+        src("migrate-set-parameters", **{"max-bandwidth": limit or UNLIMITED})
         resident: list[int] = []
         if way != "direct":
             listen = f"unix:{folder}/in.sock" if channel == "unix" else "tcp:127.0.0.1:0"
             with (relayed if way == "relay" else copied)(listen, to) as (address, resident):
                 src("migrate", uri=address)
-                seconds = completed(src)
+                info = src.completed()
         else:
             src("migrate", uri=to)
-            seconds = completed(src)
+            info = src.completed()
+        assert info is not None
         downtime = dst.event("RESUME") - src.event("STOP")
-        return Run(seconds=seconds, downtime=downtime, resident=resident[0] if resident else None)
-
-
-def completed(source: Events) -> float:
-    while True:
-        info = source("query-migrate")
-        if info["status"] in ("failed", "cancelled"):
-            raise RuntimeError(f"QEMU: {info}")
-        if info.get("total-time") and info["status"] == "completed":
-            return float(info["total-time"]) / 1000
-        time.sleep(0.05)
+        return Run(
+            seconds=info["total-time"] / 1000,
+            downtime=downtime,
+            resident=resident[0] if resident else None,
+        )
 
 
 def fill_file(path: Path) -> None:
@@ -215,10 +154,8 @@ def compare(
         tempfile.TemporaryDirectory(prefix="whimbrel-bench-") as folder,
         tempfile.TemporaryDirectory(dir="/dev/shm") as shm,
     ):
-        files = (Path(shm) / "src", Path(shm) / "dst")
+        files = warm_files(Path(shm), size)
         for file in files:
-            with file.open("wb") as handle:
-                handle.truncate(size)
             # In another process: what was resident in this one would count for the relay that it starts.
             filler = multiprocessing.get_context("spawn").Process(target=fill_file, args=(file,))
             filler.start()

@@ -85,6 +85,9 @@ def run(options: argparse.Namespace) -> tuple[dict[str, Any], list[Measure]]:
             say(f"{name}  (after {time.monotonic() - began:.0f} s)")
             try:
                 measures += entry.take(lab)
+            except KeyboardInterrupt:
+                warnings.append(f"interrupted in {name}")
+                break
             except Exception as error:  # the others are worth having
                 say(f"  {name} failed: {error!r}")
                 warnings.append(f"{name} failed: {error!r}")

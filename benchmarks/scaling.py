@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -39,7 +40,9 @@ def ram(lab: Lab) -> Iterator[Measure]:
         with lab.sides(size, "random") as sides:
             ways = {"ours": lambda sides=sides: seconds(lambda: sides.ours(lab.uri("tcp")))}
             point(lab, size / GIB, ways, measure)
-        if lab.qemus:
+        if lab.qemus and 2.1 * size > shutil.disk_usage(lab.shm).free:
+            measure.notes.append(f"at {size / GIB:g}: no room in {lab.shm.parent} for QEMU's RAM")
+        elif lab.qemus:
             pairs = lab.files("random", size)
             point(lab, size / GIB, moves(lab, pairs), measure)
             lab.drop()

@@ -184,7 +184,7 @@ def downtime(lab: Lab) -> Iterator[Measure]:
 def large(lab: Lab) -> int:
     """Eight times the size of the lab, or as much as memory allows for two of."""
     size = 8 * lab.size
-    while 2.4 * size > available():
+    while 2.2 * size > available():
         size //= 2
     return size
 

@@ -36,7 +36,7 @@ def ram(lab: Lab) -> Iterator[Measure]:
     curve = Curve(x="guest RAM, GiB", y="total time, s")
     measure = Measure(name="ram", title="total time over RAM, random, tcp", unit="s", curve=curve)
     size = max(lab.size // 4, MIB)
-    while size <= 8 * lab.size and 2.4 * size < available():
+    while size <= 8 * lab.size and 2.2 * size < available():
         with lab.sides(size, "random") as sides:
             ways = {"ours": lambda sides=sides: seconds(lambda: sides.ours(lab.uri("tcp")))}
             point(lab, size / GIB, ways, measure)

@@ -53,10 +53,11 @@ def throughput(lab: Lab, content: str, channel: str, multifd: int = 0) -> Measur
         ways["loop"] = partial(bare, "loop", 1)
     ways["raw"] = partial(bare, "raw", multifd or 1)
     ways |= {name: partial(peer, pair) for name, pair in pairs.items()}
-    sides.destination("fill", "random" if content == "zero" else "zero")
-    ours()
-    if not sides.destination("same", content):
-        raise RuntimeError(f"{measure.title}: what arrived is not what was sent")
+    for way in ("ours", "loop") if "loop" in ways else ("ours",):
+        sides.destination("fill", "random" if content == "zero" else "zero")
+        ways[way]()
+        if not sides.destination("same", content):
+            raise RuntimeError(f"{measure.title}, {way}: what arrived is not what was sent")
     lab.rounds(measure, ways)
     return measure
 

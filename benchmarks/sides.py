@@ -9,6 +9,7 @@ raw    sendall and recv_into of a MiB at a time, nothing looked at; with N socke
 from __future__ import annotations
 
 import contextlib
+import mmap
 import socket
 import threading
 import time
@@ -21,6 +22,7 @@ from remote import PATIENCE, Remote
 
 from whimbrel import Kernel, Machine
 from whimbrel.errors import MigrationError
+from whimbrel.stream import ALIGNMENT
 from whimbrel_ram import RAMBlock
 from whimbrel_ram.decoder import Decoder, Event
 from whimbrel_ram.encoder import Encoder
@@ -190,18 +192,17 @@ class RamSide:
         block = self.blocks[0]
         target = Target(block.idstr, block.buffer, PAGE)
         decoder = Decoder(PAGE, lambda idstr: target)
-        view = memoryview(bytearray(CHUNK))
+        view = memoryview(mmap.mmap(-1, CHUNK + ALIGNMENT))
         start = end = 0
         while True:
             taken, event = decoder.feed(view[start:end], 0)
             start += taken
             if event is Event.EOS:
                 return
-            if start == end:
-                start = end = 0
-            elif end == len(view):
-                view[: end - start] = view[start:end]
-                start, end = 0, end - start
+            rest = bytes(view[start:end])  # of one record: to the front, ending where it is aligned
+            start = -len(rest) % ALIGNMENT
+            end = start + len(rest)
+            view[start:end] = rest
             n = sock.recv_into(view[end:])
             if not n:
                 raise EOFError

@@ -8,7 +8,8 @@ ARGS ?=
 .PHONY: demo test lint bench bench-scaling profile stress fuzz rdma-lab docs clean setup
 setup: $(VENV)/.ready
 
-$(VENV)/.ready: pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(DISTS)) tools/setup
+$(VENV)/.ready: pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(DISTS)) tools/setup \
+		$(wildcard plugins/accel/setup.py plugins/accel/src/*/*.c)
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh tools/setup $(DISTS)
 	@touch $@
 

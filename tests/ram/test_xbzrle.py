@@ -7,7 +7,7 @@ import types
 
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from whimbrel import (
     Kernel,
@@ -30,7 +30,7 @@ from whimbrel_ram.trackers.shadow import ShadowTracker
 from whimbrel_ram.transport import SaveBlock
 from whimbrel_ram.xbzrle_pages import XbzrlePages
 from whimbrel_ram.zero import as_words
-from whimbrel_testing.peers import wait_until
+from whimbrel_testing.peers import missing_peer, wait_until
 
 PAGE = 1024
 CONTINUE, DELTA, EOS = 0x20, 0x40, struct.pack(">Q", 0x10)
@@ -71,6 +71,14 @@ def slow_apply(page, delta):
         n = take()
         page[at : at + n] = delta[i : i + n]
         i, at = i + n, at + n
+
+
+#: The codec is the same for all examples of a test.
+each_example = settings(
+    deadline=None,
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
 
 
 @st.composite
@@ -136,23 +144,31 @@ class Receiver:
             need = self.decoder.need
 
 
+@pytest.fixture(params=["numpy", "accel"], autouse=True)
+def codec(request, monkeypatch):
+    """All of this file by numpy, and again by whimbrel-accel."""
+    if request.param == "numpy":
+        monkeypatch.setattr(xbzrle, "accel", None)
+    elif xbzrle.accel is None:
+        missing_peer("whimbrel-accel was built without a compiler: install gcc and python3-dev")
+
+
 @given(pair=pairs())
-@settings(deadline=None, max_examples=150)
+@each_example
 def test_deltas_are_those_of_one_byte_at_a_time(pair):
     old, new = pair
     data, lengths = xbzrle.encode(rows(old), rows(new))
     expected = [slow_encode(a, b) for a, b in zip(old, new, strict=True)]
-    assert lengths.tolist() == [len(e) for e in expected]
-    assert data.tobytes() == b"".join(expected)
+    assert lengths.tolist() == [min(len(e), PAGE) for e in expected]
+    assert data.tobytes() == b"".join(e for e in expected if len(e) < PAGE)
 
 
 @given(pair=pairs(), chunk=st.integers(1, 3000))
-@settings(deadline=None, max_examples=150)
+@each_example
 def test_a_page_and_its_delta_make_the_new_page(pair, chunk):
     old, new = pair
     data, lengths = xbzrle.encode(rows(old), rows(new))
     fits = lengths < PAGE
-    data = data[np.repeat(fits, lengths)]
     lengths = np.where(fits, lengths, 0)
     receiver = Receiver(b"".join(old))
     stream = records(rows(new), data, lengths) + EOS
@@ -249,6 +265,10 @@ def numbers(*pages):
     return np.array(pages, np.intp)
 
 
+def some():
+    return np.empty((4, PAGE // 8), np.uint64)
+
+
 def test_a_slot_is_kept_while_its_page_is_in_use():
     cache = xbzrle.Cache(4 * PAGE, PAGE)
     cache.put(numbers(0, 1), rows([b"a" * PAGE, b"b" * PAGE]), 1)
@@ -258,7 +278,7 @@ def test_a_slot_is_kept_while_its_page_is_in_use():
     cache.put(numbers(1), 0, 2)
     cache.put(numbers(4, 5), rows([b"d" * PAGE, b"e" * PAGE]), 3)
     assert cache.holds(numbers(0, 4, 1, 5)).tolist() == [False, True, True, False]
-    assert cache.get(numbers(4, 1)).tobytes() == b"d" * PAGE + bytes(PAGE)
+    assert cache.get(numbers(4, 1), some()).tobytes() == b"d" * PAGE + bytes(PAGE)
 
 
 @pytest.mark.parametrize("size", [2, 4, 16])
@@ -270,7 +290,7 @@ def test_a_resized_cache_keeps_what_fits(size):
     kept = [p for p in (0, 5, 2, 7) if other.holds(numbers(p))[0]]
     assert kept == ([2, 7] if size == 2 else [0, 5, 2, 7])
     for page in kept:
-        assert other.get(numbers(page)).tobytes() == bytes([page]) * PAGE
+        assert other.get(numbers(page), some()).tobytes() == bytes([page]) * PAGE
 
 
 # ---- the whole

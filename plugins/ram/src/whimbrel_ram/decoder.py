@@ -283,11 +283,13 @@ class Decoder:
         where: dict[int, int],
         position: int,
     ) -> None:
-        pages = np.fromiter(where, np.intp, len(where))
         data = np.frombuffer(buffer, np.uint8, start[-1] + length[-1] - start[0], start[0])
         try:
-            patches = xbzrle.decode(
-                data, np.array(start) - start[0], np.array(length), pages, self.page_size
+            block.patch(
+                data,
+                np.array(start) - start[0],
+                np.array(length),
+                np.fromiter(where, np.int64, len(where)),
             )
         except xbzrle.BadDelta as error:
             raise self._error(
@@ -295,7 +297,6 @@ class Decoder:
                 position + list(where.values())[error.index],
                 expected="unchanged and changed runs in turn, within the page",
             ) from error
-        block.put_patches(patches, data, pages // self.page_size)
 
     # ---- runs
 

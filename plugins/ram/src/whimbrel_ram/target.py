@@ -6,12 +6,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from whimbrel_ram import xbzrle
 from whimbrel_ram.zero import as_words, zero_map, zero_map_at
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-    from whimbrel_ram.xbzrle import Patches
 
 
 class Target:
@@ -68,9 +67,14 @@ class Target:
             if used.any():
                 self.words[some[used]] = 0
 
-    def put_patches(
-        self, patches: Patches, data: NDArray[np.uint8], pages: NDArray[np.intp]
+    def patch(
+        self,
+        data: NDArray[np.uint8],
+        start: NDArray[np.int64],
+        length: NDArray[np.int64],
+        where: NDArray[np.int64],
     ) -> None:
-        """What changed in those pages."""
-        patches.apply(data, self.rows.reshape(-1))
-        self.fresh_map[pages] = False
+        """Apply deltas to the pages at those offsets: see xbzrle.patch(). Raises BadDelta."""
+        page_size = len(self._zero_page)
+        xbzrle.patch(data, start, length, where, page_size, self.rows.reshape(-1))
+        self.fresh_map[where // page_size] = False

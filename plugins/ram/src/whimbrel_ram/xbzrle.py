@@ -1,5 +1,7 @@
 """XBZRLE: a page as what changed in it since it was last sent. Sans-I/O; nothing in Python per byte or run.
 
+Deltas are made and applied by numpy, or in C where the package whimbrel-accel is installed; the bytes are the same.
+
 Format (QEMU, since 1.2), behind the first word and the idstr of a record:
     u8 1, u16 n, n bytes:  (unchanged run, changed run)*
     unchanged run          uleb128 length; 0 at the start of the page only
@@ -15,8 +17,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
     from numpy.typing import NDArray
 
+#: whimbrel_accel, or None: numpy does it.
+accel: ModuleType | None
+try:
+    import whimbrel_accel as accel
+except ImportError:
+    accel = None
 #: The only encoding there is.
 ENCODING = 1
 #: Bytes of a record between its first word (with the idstr) and the delta.
@@ -28,17 +38,29 @@ _NO_PAGE = -1
 
 def encode(
     old: NDArray[np.uint64], new: NDArray[np.uint64]
-) -> tuple[NDArray[np.uint8], NDArray[np.intp]]:
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """Deltas of pages, given as rows of words: all of them one behind the other, and the length of each in bytes.
 
-    A length of 0 says that nothing changed. One that is not shorter than the page is no gain.
+    A length of 0 says that nothing changed. One of a whole page says that the delta would be no shorter: it is left out.
     """
+    if accel is None:
+        return _encode(old, new)
+    pages, words = old.shape
+    out, length = np.empty(old.nbytes, np.uint8), np.empty(pages, np.int64)
+    before, now = np.ascontiguousarray(old), np.ascontiguousarray(new)
+    used = accel.encode(before, now, 8 * words, out, length)
+    return out[:used], length
+
+
+def _encode(
+    old: NDArray[np.uint64], new: NDArray[np.uint64]
+) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     pages, words = old.shape
     page_size = 8 * words
     changed = (old ^ new).reshape(-1)
     word = np.flatnonzero(changed)
     if not len(word):
-        return np.empty(0, np.uint8), np.zeros(pages, np.intp)
+        return np.empty(0, np.uint8), np.zeros(pages, np.int64)
     byte = np.flatnonzero(changed[word].view(np.uint8))
     position = (word[byte >> 3] << 3) + (byte & 7)  # of each changed byte
     begins = np.empty(len(position), np.bool_)
@@ -62,7 +84,11 @@ def encode(
     _put_uleb(out, literal, offset, gap)
     _put_uleb(out, literal, offset + gap_width, length)
     out[literal] = new.reshape(-1).view(np.uint8)[position]
-    return out, np.bincount(page, size, pages).astype(np.intp)
+    delta = np.bincount(page, size, pages).astype(np.int64)
+    shorter = delta < page_size
+    if not shorter.all():
+        out = out[np.repeat(shorter, delta)]
+    return out, np.minimum(delta, page_size)
 
 
 def _put_uleb(
@@ -86,34 +112,36 @@ class BadDelta(ValueError):
         self.index = index
 
 
-class Patches:
-    """The changed runs of some deltas: where their bytes are, where they go, and how many."""
-
-    def __init__(
-        self, source: NDArray[np.intp], target: NDArray[np.intp], length: NDArray[np.intp]
-    ) -> None:
-        self._source, self._target, self._length = source, target, length
-
-    def apply(self, data: NDArray[np.uint8], memory: NDArray[np.uint8]) -> None:
-        """Copy them from data, which was decoded, into memory, whose bytes the targets count."""
-        total = int(self._length.sum())
-        within = np.arange(total) - np.repeat(np.cumsum(self._length) - self._length, self._length)
-        memory[np.repeat(self._target, self._length) + within] = data[
-            np.repeat(self._source, self._length) + within
-        ]
-
-
-def decode(
+def patch(  # noqa: PLR0917 - what a delta is, and where it goes
     data: NDArray[np.uint8],
-    start: NDArray[np.intp],
-    length: NDArray[np.intp],
-    where: NDArray[np.intp],
+    start: NDArray[np.int64],
+    length: NDArray[np.int64],
+    where: NDArray[np.int64],
     page_size: int,
-) -> Patches:
-    """Take deltas apart: number i is length[i] bytes of data from start[i] on, for the page at where[i].
+    memory: NDArray[np.uint8],
+) -> None:
+    """Apply deltas: number i is length[i] bytes of data from start[i] on, for the page at byte where[i] of memory.
 
-    Step k looks at run k of every delta. Raises BadDelta, before anything has been written anywhere.
+    Raises BadDelta, before anything has been written.
     """
+    if accel is None:
+        _patch(data, start, length, where, page_size, memory)
+        return
+    wrong = accel.patch(data, start, length, where, page_size, memory)
+    if wrong is not None:
+        index, reason = wrong
+        raise BadDelta(index, accel.REASONS[reason])
+
+
+def _patch(  # noqa: PLR0917 - as patch()
+    data: NDArray[np.uint8],
+    start: NDArray[np.int64],
+    length: NDArray[np.int64],
+    where: NDArray[np.int64],
+    page_size: int,
+    memory: NDArray[np.uint8],
+) -> None:
+    """Step k looks at run k of every delta; then all runs are copied."""
     padded = np.append(
         data, np.zeros(4, np.uint8)
     )  # a look behind the end of the last is a look at 0
@@ -139,8 +167,13 @@ def decode(
         at[live] = cursor = cursor + run
         live = live[cursor < end[live]]
         first = False
-    empty: list[NDArray[np.intp]] = [np.empty(0, np.intp)]
-    return Patches(*(np.concatenate(some or empty) for some in (source, target, count)))
+    if not count:
+        return
+    runs = np.concatenate(count)
+    within = np.arange(int(runs.sum())) - np.repeat(np.cumsum(runs) - runs, runs)
+    memory[np.repeat(np.concatenate(target), runs) + within] = data[
+        np.repeat(np.concatenate(source), runs) + within
+    ]
 
 
 def _uleb(
@@ -159,6 +192,32 @@ def _uleb(
 def _check(live: NDArray[np.intp], wrong: NDArray[np.bool_], what: str) -> None:
     if wrong.any():
         raise BadDelta(int(live[wrong.argmax()]), what)
+
+
+def _place(numbers: NDArray[np.intp]) -> slice | NDArray[np.intp]:
+    """The same places, as a slice where they follow each other: that is copied faster."""
+    n = len(numbers)
+    if n and numbers[-1] - numbers[0] == n - 1 and bool((numbers[1:] > numbers[:-1]).all()):
+        return slice(int(numbers[0]), int(numbers[0]) + n)
+    return numbers
+
+
+def rows_of(
+    words: NDArray[np.uint64],
+    numbers: NDArray[np.intp],
+    out: NDArray[np.uint64],
+    *,
+    in_place: bool = False,
+) -> NDArray[np.uint64]:
+    """Rows copied to the begin of out; in_place: or where they are, if that is one piece."""
+    place, n = _place(numbers), len(numbers)
+    if isinstance(place, slice):
+        if in_place:
+            return words[place]
+        out[:n] = words[place]
+    else:
+        np.take(words, numbers, axis=0, out=out[:n], mode="clip")
+    return out[:n]
 
 
 class Cache:
@@ -181,10 +240,9 @@ class Cache:
         held: NDArray[np.bool_] = self._page[pages % self.slots] == pages
         return held
 
-    def get(self, pages: NDArray[np.intp]) -> NDArray[np.uint64]:
-        """A copy of pages that are here."""
-        rows: NDArray[np.uint64] = self._rows[pages % self.slots]
-        return rows
+    def get(self, pages: NDArray[np.intp], out: NDArray[np.uint64]) -> NDArray[np.uint64]:
+        """Pages that are here: where they are, or gathered in out. Valid until the next put()."""
+        return rows_of(self._rows, pages % self.slots, out, in_place=True)
 
     def put(self, pages: NDArray[np.intp], rows: NDArray[np.uint64] | int, now: int) -> None:
         """Keep what is sent of those pages, as far as they are here or their slots are free. No two share a slot."""
@@ -194,7 +252,7 @@ class Cache:
         if not free.all():
             slot, pages = slot[free], pages[free]
             rows = rows if isinstance(rows, int) else rows[free]
-        self._rows[slot] = rows
+        self._rows[_place(slot)] = rows
         self._page[slot] = pages
         self._age[slot] = now
 

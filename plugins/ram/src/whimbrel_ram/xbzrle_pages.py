@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from whimbrel.stream import OutStream
 
 
+_BATCH_BYTES = 512 << 10
+
+
 class XbzrlePages(StreamPages):
     """The capability xbzrle of a source.
 
@@ -34,6 +37,9 @@ class XbzrlePages(StreamPages):
         self._cache: xbzrle.Cache | None = None
         self._stats = xbzrle.Stats()
         self._base: dict[int, int] = {}  # block → the number of its first page
+        # What is sent of pages, and what was sent of them before: a batch each, which stays in the processor's cache.
+        self._batch = max(1, _BATCH_BYTES // page_size)
+        self._now, self._before = np.empty((2, self._batch, page_size // 8), np.uint64)
         self._most = 0  # bytes of a cache that has a slot for every page
         self._round = 0  # how often all blocks have been gone through
         self._last = False
@@ -77,7 +83,7 @@ class XbzrlePages(StreamPages):
         start = out.position
         done = zero = deltas = 0
         while done < len(pages) and not (done and budget.spent(out.position - start)):
-            some = pages[done : done + self._encoder.batch]
+            some = pages[done : done + self._batch]
             some = some[some < some[0] + cache.slots]  # no two in one slot
             is_zero = zero_pages(block, some)
             if is_zero.any():
@@ -113,18 +119,17 @@ class XbzrlePages(StreamPages):
             return 0
         encoder, idstr = self._encoder, block.block.wire_idstr
         number = self._base[block.index] + pages
-        rows = block.words[pages]
+        rows = xbzrle.rows_of(block.words, pages, self._now)
         hit = cache.holds(number)
         plain = ~hit
         overflow = deltas = size = 0
         if hit.any():
-            data, length = xbzrle.encode(cache.get(number[hit]), rows[hit])
-            too_long = length >= self._page_size
+            before = cache.get(number[hit], self._before)
+            data, length = xbzrle.encode(before, rows if hit.all() else rows[hit])
+            too_long = length == self._page_size
             plain[hit] = too_long
             overflow = int(np.count_nonzero(too_long))
-            if overflow:
-                data, length = data[np.repeat(~too_long, length)], np.where(too_long, 0, length)
-            changed = length > 0
+            changed = (length > 0) & ~too_long
             deltas = int(np.count_nonzero(changed))
             if deltas:
                 size = len(data) + xbzrle.HEAD * deltas

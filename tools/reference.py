@@ -16,6 +16,7 @@ from whimbrel_monitor import kinds
 from whimbrel_monitor.commands import own as own_commands
 from whimbrel_monitor.events import EVENTS
 from whimbrel_monitor.reader import Limits
+from whimbrel_ram.plugin import monitor_commands as ram_commands
 from whimbrel_testing.wrong import Case, Side, all_cases
 
 ROOT = Path(__file__).parents[1]
@@ -203,7 +204,7 @@ def members(of: tuple[kinds.Member, ...]) -> str:
 def monitor_page(plugins: Plugins) -> str:
     kernel = Kernel(plugins=plugins)
     rows = []
-    for each in sorted(own_commands(), key=lambda c: c.name):
+    for each in sorted([*own_commands(), *ram_commands()], key=lambda c: c.name):
         text = " ".join(each.help.split())
         arguments = members(each.members(kernel))
         if each.name == "migrate-set-parameters":
@@ -308,6 +309,11 @@ def monitor_page(plugins: Plugins) -> str:
                         "how the network is told is the machine's and the plugins' affair",
                     ),
                     ("`quit`", "refused unless the app allows it", "see `Machine(quit=)`"),
+                    (
+                        "`calc-dirty-rate`",
+                        "by `page-sampling` only; `query-dirty-rate` tells `x-written`, `x-seconds`, `x-memory`, `x-used` besides",
+                        "tracking would have to be switched on in the machine; `dirty-rate` is whole MiB/s",
+                    ),
                     (
                         "`query-migrate`",
                         "`x-outcome`, `x-acknowledged`, `x-addresses` besides",

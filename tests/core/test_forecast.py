@@ -77,25 +77,26 @@ def test_it_converges_where_the_limit_holds_no_more_than_the_link_takes(
         assert found.downtime >= limit
 
 
-@given(writes(), BANDWIDTH, LIMIT)
-def test_what_it_asks_for_is_enough_and_no_more_than_needed(written, bandwidth, limit):
-    def converges(factor=1.0, limit=limit):
-        found = forecast(
+@given(writes(), LIMIT, st.floats(1.1, 1000))
+def test_what_it_asks_for_is_enough_and_no_more_than_needed(written, limit, excess):
+    assume(written.rate(limit) > 1)
+    bandwidth = written.rate(limit) / excess
+
+    def find(factor=1.0, limit=limit):
+        return forecast(
             written,
             to_send=written.memory,
             bandwidth=bandwidth * factor,
             downtime_limit=limit,
         )
-        return found.switchover is not None
 
-    found = forecast(
-        written, to_send=written.memory, bandwidth=bandwidth, downtime_limit=limit
-    )
-    assume(found.switchover is None and found.excess > 1.1)
-    assert converges(factor=found.excess * 1.02)
-    assert not converges(factor=found.excess * 0.97)
-    assert converges(limit=found.downtime * 1.02)
-    assert not converges(limit=max(found.downtime * 0.97, limit))
+    found = find()
+    assert found.switchover is None
+    assert found.excess == pytest.approx(excess)
+    assert find(factor=found.excess * 1.02).switchover is not None
+    assert find(factor=found.excess * 0.97).switchover is None
+    assert find(limit=found.downtime * 1.02).switchover is not None
+    assert find(limit=max(found.downtime * 0.97, limit)).switchover is None
 
 
 @given(writes(), BANDWIDTH, LIMIT, st.floats(1, 10))
@@ -158,8 +159,6 @@ def test_in_the_middle_of_a_pass():
 )
 def test_figures_that_are_none_are_refused(wrong):
     with pytest.raises(ValueError, match="bandwidth"):
-        forecast(
-            Writes.of([], 1), **{"to_send": 1, "bandwidth": 1, "downtime_limit": 1, **wrong}
-        )
+        forecast(Writes.of([], 1), **{"to_send": 1, "bandwidth": 1, "downtime_limit": 1, **wrong})
     with pytest.raises(ValueError, match="measurements"):
         Writes.of([(0, 1)], 10)

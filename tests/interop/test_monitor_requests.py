@@ -15,7 +15,7 @@ from typing import Any
 import attrs
 import pytest
 
-from whimbrel_testing.peers import QemuBinaries
+from whimbrel_testing.peers import QemuBinaries, wait_until
 
 from .monitors import Client, Difference, Start, differences, qemus, request, shape, whimbrels
 
@@ -81,6 +81,16 @@ NOWHERE = "exec:cat > /dev/null"
 
 def wait(*states: str) -> Step:
     return Step("", do=lambda client: client.wait(*states))
+
+
+def measured(client: Client) -> object:
+    def there() -> bool:
+        return bool(client.run("query-dirty-rate")["status"] == "measured")
+
+    return wait_until(there, "end of the measurement")
+
+
+MEASURED = Step("", do=measured)
 
 
 BEFORE_NEGOTIATION = [
@@ -278,6 +288,30 @@ IDLE = [
     call("announce-self"),
     call("announce-self", initial=50, max=550, rounds=5, step=100),
     call("announce-self", initial="50", max=550, rounds=5, step=100),
+    # the dirty rate. Nothing is asked of another mode than page-sampling: QEMU 7.2 ends itself then, without KVM
+    call("query-dirty-rate"),
+    call("query-dirty-rate", calc_time_unit="hour"),
+    call("query-dirty-rate", extra=1),
+    call("calc-dirty-rate"),
+    call("calc-dirty-rate", calc_time="1"),
+    call("calc-dirty-rate", calc_time=1.5),
+    call("calc-dirty-rate", calc_time=0),
+    call("calc-dirty-rate", calc_time=-1),
+    call("calc-dirty-rate", calc_time=61),
+    call("calc-dirty-rate", calc_time=49, calc_time_unit="millisecond"),
+    call("calc-dirty-rate", calc_time=60_001, calc_time_unit="millisecond"),
+    call("calc-dirty-rate", calc_time=1, calc_time_unit="hour"),
+    call("calc-dirty-rate", calc_time=1, sample_pages=127),
+    call("calc-dirty-rate", calc_time=1, sample_pages=16_385),
+    call("calc-dirty-rate", calc_time=1, sample_pages="512"),
+    call("calc-dirty-rate", calc_time=1, mode="guessing"),
+    call("calc-dirty-rate", calc_time=1, extra=1),
+    call("query-dirty-rate"),
+    call("calc-dirty-rate", calc_time=1, sample_pages=128, mode="page-sampling"),
+    call("calc-dirty-rate", calc_time=1),
+    MEASURED,
+    call("query-dirty-rate"),
+    call("query-dirty-rate", calc_time_unit="millisecond"),
     # running
     call("cont"),
     call("query-status"),
@@ -303,6 +337,7 @@ ACTIVE = [
     call("migrate-set-parameters", max_bandwidth=8192),
     call("migrate-set-parameters", downtime_limit=200),
     call("migrate-continue", state="pre-switchover"),
+    call("calc-dirty-rate", calc_time=1),
     call("cont"),
     call("query-status"),
     call("stop"),
@@ -415,6 +450,8 @@ COMMANDS = [
     "closefd",
     "add-fd",
     "announce-self",
+    "calc-dirty-rate",
+    "query-dirty-rate",
     "quit",
 ]
 _COMMANDS_OF_2013 = "(migrate_set_speed|migrate_set_downtime|(query-)?migrate-(set-)?cache-size)"
@@ -438,6 +475,10 @@ DIFFERENCES = [
     Difference("7.2 incoming: query-migrate.*", "status: ours only", "QEMU 10.0 tells the status of a listening destination, too"),
     Difference("7.2 idle: query-migrate.*", "error-desc: ours only", "QEMU 7.2 has a failed migration without a reason"),
     Difference("10.0 idle: query-migrate.*", "(status|error-desc): ours only", "a start that was refused counts as one that failed, as in QEMU 7.2"),
+    Difference(".*: query-dirty-rate.*", "x-(written|seconds|memory|used): ours only", "exact, and how much is in use; x- is for such members"),
+    Difference("7.2 .*: query-dirty-rate.*", "calc-time-unit: ours only", "QEMU has units since 8.2"),
+    Difference("7.2 .*: (calc|query)-dirty-rate.*calc-time-unit=.*", "'Parameter 'calc-time-unit' is unexpected' at QEMU, .*", "QEMU has units since 8.2"),
+    Difference("7.2 .*: calc-dirty-rate.*", r"'calc-time is out of range\[1, 60\]\.' at QEMU, 'Calculation time is out of range .*", "the text of QEMU 10.0, which has units"),
     Difference(".*: a huge whole number as id", r"id 1.2\d*e\+29 at QEMU, 123456789012345678901234567890 here", "an id comes back as it was"),
     # ---- less
     Difference(".*: greeting", r"QMP\.capabilities: .*", "oob is not offered: nothing here could be served by it"),
@@ -584,7 +625,10 @@ ALIKE_AS_A_WHOLE = (
     *("query-migrate-capabilities", "query-migrate-parameters", "query-name", "query-status"),
     "query-migrate-cache-size",
 )
-ALIKE_ANYWHERE = ("status", "page-size", "expected-downtime")
+ALIKE_ANYWHERE = (
+    *("status", "page-size", "expected-downtime"),
+    *("sample-pages", "mode", "calc-time", "calc-time-unit", "dirty-rate"),
+)
 
 
 def unequal(command: str, theirs: Any, ours: Any) -> Iterator[str]:

@@ -16,6 +16,7 @@ compression, and a CPU too slow for the link.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import attrs
@@ -26,10 +27,10 @@ _MOST = 10_000
 
 @attrs.frozen
 class Writes:
-    """d(t). Made by of() or steady()."""
+    """d(t): the lowest of some straight lines, and of all memory. Made by of() or steady()."""
 
-    #: (seconds, bytes): the corners of d, from (0, 0) on, each piece less steep than the one before.
-    corners: tuple[tuple[float, float], ...]
+    #: (bytes at 0, bytes/s), each less steep than the one before; none: nothing is written.
+    lines: tuple[tuple[float, float], ...]
     #: Bytes that can be written at all.
     memory: float
 
@@ -51,41 +52,35 @@ class Writes:
                 corners.pop()
             if t > corners[-1][0]:
                 corners.append((t, most))
-        return cls(tuple(corners), float(memory))
+        lines = []
+        for (t, written), after in itertools.pairwise(corners):
+            slope = _slope((t, written), after)
+            lines.append((max(0.0, written - slope * t), slope))
+        return cls(tuple(lines), float(memory))
 
     @classmethod
     def steady(cls, rate: float, memory: float) -> Writes:
         """Where no more is known than a rate, in bytes/s: a straight line, up to all of the memory."""
-        return cls.of([(1.0, rate)] if rate <= memory else [(memory / rate, memory)], memory)
+        return cls(((0.0, float(rate)),), float(memory))
 
     def within(self, seconds: float) -> float:
         """d(seconds)."""
-        (start, written), slope = self._piece(seconds)
-        return min(written + slope * (seconds - start), self.memory)
-
-    def _piece(self, seconds: float) -> tuple[tuple[float, float], float]:
-        """The corner where the piece with that time begins, and its slope."""
-        if len(self.corners) == 1:
-            return self.corners[0], 0.0
-        pairs = list(zip(self.corners, self.corners[1:], strict=False))
-        first, second = next((pair for pair in pairs if seconds < pair[1][0]), pairs[-1])
-        return first, _slope(first, second)
+        if not self.lines:
+            return 0.0
+        return min(self.memory, *(start + slope * seconds for start, slope in self.lines))
 
     def rate(self, seconds: float) -> float:
         """d(seconds)/seconds, in bytes/s; at 0 the steepest there is."""
-        return self.within(seconds) / seconds if seconds > 0 else self._piece(0)[1]
+        if seconds > 0:
+            return self.within(seconds) / seconds
+        return self.lines[0][1] if self.lines else 0.0
 
     def balance(self, bandwidth: float) -> float:
         """The shortest time in which no more is written than can be sent, in seconds: 0 where that is so at once."""
         if self.rate(0) <= bandwidth:
             return 0.0
-        whole = self.memory / bandwidth
-        for first, second in zip(self.corners, self.corners[1:], strict=False):
-            slope = _slope(first, second)
-            is_last = second is self.corners[-1]
-            if slope < bandwidth and (is_last or second[1] <= bandwidth * second[0]):
-                return float(min((first[1] - slope * first[0]) / (bandwidth - slope), whole))
-        return whole
+        met = (start / (bandwidth - slope) for start, slope in self.lines if slope < bandwidth)
+        return min([self.memory / bandwidth, *met])
 
 
 def _slope(first: tuple[float, float], second: tuple[float, float]) -> float:
@@ -135,6 +130,4 @@ def forecast(
             break  # no less than in the pass before: nor will it be
         left, since = after, 0.0
     stands_still = max(writes.balance(bandwidth), downtime_limit)
-    return Forecast(
-        passes=number, switchover=None, downtime=stands_still, excess=max(excess, 1.0)
-    )
+    return Forecast(passes=number, switchover=None, downtime=stands_still, excess=max(excess, 1.0))

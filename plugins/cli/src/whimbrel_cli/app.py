@@ -22,6 +22,7 @@ log = logging.getLogger("whimbrel.cli")
 
 EPILOG = """\b
 Examples:
+  migctl -m unix:/run/src.qmp plan    how it would go, before it begins
   migctl -m unix:/run/src.qmp migrate tcp:host2:4444
   migctl -m unix:/run/a.qmp -m unix:/run/b.qmp watch
   migctl doctor                       what is missing here, with remedies
@@ -44,6 +45,7 @@ _OWN = {
     "incoming": "incoming:incoming",
     "migrate": "migrate:migrate",
     "params": "settings:params",
+    "plan": "plan:plan",
     "resolve": "control:resolve",
     "set": "settings:set_",
     "status": "control:status",

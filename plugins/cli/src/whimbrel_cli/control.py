@@ -9,8 +9,10 @@ import click
 from whimbrel.errors import BlockedError, Cancelled, LocalError, OutcomeUnknown
 from whimbrel_cli import remote, units
 from whimbrel_cli.logs import printable
+from whimbrel_cli.progress import outlook
 
 if TYPE_CHECKING:
+    from whimbrel.forecast import Forecast
     from whimbrel_cli.monitor import Monitor
 
 _ENDED = ("completed", "failed", "cancelled")
@@ -32,15 +34,39 @@ def status(ctx: click.Context, as_json: bool) -> None:
     with remote.connected(ctx) as monitor:
         run_state, migration = monitor.run_state(), monitor.migration()
         bridge = record.read(monitor.address)
+        limit = monitor.parameters().get("downtime-limit", 300) / 1000
+    found = outlook(migration, limit)
     if as_json:
-        more = {} if bridge is None else {"bridge": bridge}
+        more: dict[str, Any] = {} if bridge is None else {"bridge": bridge}
+        if found is not None:
+            more["forecast"] = forecast_members(found)
         remote.tell_json({"run-state": run_state, "migration": migration, **more})
         return
     rows = describe(run_state, migration)
+    if found is not None:
+        rows.append(("forecast", told_forecast(found, limit)))
     if bridge is not None:
         rows.append(("bridge", printable(record.described(bridge))))
     for name, value in rows:
         remote.say(f"{name:<18} {value}", indent=19)
+
+
+def forecast_members(found: Forecast) -> dict[str, Any]:
+    """For JSON: seconds, and a factor that is above 1 where it does not converge. No switchover: then it does not."""
+    return {
+        "switchover": None if found.switchover is None else round(found.switchover, 4),
+        "downtime": round(found.downtime, 4),
+        "excess": round(found.excess, 4),
+    }
+
+
+def told_forecast(found: Forecast, limit: float) -> str:
+    """For people. limit: the downtime limit in seconds."""
+    from whimbrel_cli.display import diverging, switchover
+
+    if found.switchover is not None:
+        return switchover(found.switchover, found.downtime)
+    return diverging(found.excess, found.downtime, found.downtime / limit if limit else None)
 
 
 def describe(run_state: str, migration: dict[str, Any]) -> list[tuple[str, str]]:

@@ -216,25 +216,38 @@ def _flow(reading: Reading) -> str:
 
 
 def expectation(reading: Reading) -> str:
-    """When it will be over, and how long the machine will stand still."""
+    """When the machine will stand still, and for how long."""
+    if reading.switchover is not None and reading.downtime is not None and reading.eta_range:
+        low, high = reading.eta_range
+        around = f" (the end in {units.time(low)} to {units.time(high)})"
+        return switchover(reading.switchover, reading.downtime) + around
+    if reading.number <= 1:
+        if reading.eta is None:
+            return "end not known yet"
+        return f"about {units.time(reading.eta)} to go; the first pass shows how much is written meanwhile"
     down = reading.expected_downtime
-    text = f"expected downtime {'...' if down is None else units.time(down)}"
-    if reading.eta is None or reading.eta_range is None:
-        return f"{text}, no end in sight" if reading.number > 1 else f"{text}, end not known yet"
-    low, high = reading.eta_range
-    return f"{text}, {units.time(reading.eta)} to go ({units.time(low)} to {units.time(high)})"
+    return f"no end in sight, expected downtime {'...' if down is None else units.time(down)}"
+
+
+def switchover(left: float, downtime: float) -> str:
+    """A forecast of one that converges, in seconds."""
+    return f"switchover in about {units.time(left)}, downtime about {units.time(downtime)}"
 
 
 def divergence(reading: Reading) -> str:
     """Why it does not end, and by what factor."""
-    excess, text = reading.excess or 1.0, "not converging: memory gets dirty"
+    return diverging(reading.excess or 1.0, reading.expected_downtime, reading.overdue)
+
+
+def diverging(excess: float, down: float | None, overdue: float | None) -> str:
+    """The same from figures. down: seconds that the rest would take; overdue: so many times the downtime limit."""
+    text = "not converging: memory gets dirty"
     text += (
         " as fast as it is sent" if excess < 1.05 else f" {excess:.1f} times as fast as it is sent"
     )
-    if reading.overdue is None or reading.overdue < 1 or reading.expected_downtime is None:
+    if overdue is None or overdue < 1 or down is None:
         return text
-    down = units.time(reading.expected_downtime)
-    return f"{text}; the rest would take {down}, {reading.overdue:.1f} times the downtime limit"
+    return f"{text}; the rest would take {units.time(down)}, {overdue:.1f} times the downtime limit"
 
 
 def summary(migration: dict[str, Any]) -> str:

@@ -1,9 +1,8 @@
 """How far a migration is, from what query-migrate answers again and again. Pure: figures in, figures out.
 
 Work is counted in bytes of memory dealt with, zero pages included. What is still to come is not what is left of this pass:
-with r the dirty rate over the rate at which memory is dealt with, each pass leaves r times its size to the next. Of what
-is left and what got dirty since the pass began, (left + dirty)/(1 - r) comes (a geometric series, without an end where
-r >= 1), less the tail that is never sent because the machine stands still for the last pass.
+with r the dirty rate over the rate at which memory is dealt with, each pass leaves r times its size to the next, until that
+is little enough for the machine to stand still (whimbrel.forecast). Where r >= 1 there is no end.
 
 Block migration (member `disk`) sends the disks once before it begins with memory: their bytes are work like any other.
 """
@@ -15,6 +14,8 @@ import math
 from typing import Any
 
 import attrs
+
+from whimbrel.forecast import Forecast, Writes, forecast
 
 #: Seconds of the past that rates are taken over.
 _WINDOW = 5.0
@@ -54,8 +55,10 @@ class Reading:
     dirty_rate: float | None
     expected_downtime: float | None
     fraction: float  # of the estimated work, never less than before
-    eta: float | None
+    eta: float | None  # until the end
     eta_range: tuple[float, float] | None  # from nothing gets dirty any more, to slower and dirtier
+    switchover: float | None  # until the machine stands still
+    downtime: float | None  # how long it will, by the same forecast
     #: It does not converge: memory gets dirty so many times as fast as it is sent. A little over 1 where every page that
     #: is written at all is written within each pass, for a page counts once, however often it was written.
     excess: float | None
@@ -100,14 +103,19 @@ class Estimator:
         dirty = float(ram.get("dirty-pages-rate", 0) * page)
         rate = rates[0] if rates is not None and rates[0] > 0 else None
         ratio = None if rate is None else dirty / rate
-        to_come = self._to_come(ram, remaining, dirty, ratio, now)
+        likely = worse = to_come = eta = eta_range = None
+        if self._pass <= 1:  # nobody knows how much will come again
+            to_come = remaining + ram.get("total", 0) * _COMES_AGAIN
+        elif rate is not None and ratio is not None and ratio < _STEEP:
+            likely = self._forecast(ram, remaining, rate, dirty, now)
+            steeper = min(ratio * 1.25, _STEEP - 0.01)
+            worse = self._forecast(ram, remaining, rate, steeper * rate, now)
+            to_come = likely.total and likely.total * rate
         self._advance(status, done, to_come)
-        eta, eta_range = None, None
         if rate is not None and to_come is not None and status not in ENDED:
-            steeper = min((ratio or 0) * 1.25, _STEEP - 0.01)
-            worse = self._to_come(ram, remaining, dirty * 1.25, steeper, now) or to_come
             eta = to_come / rate
-            eta_range = min(remaining / rate, eta), max(worse / rate / 0.8, eta)
+            worst = eta if worse is None or worse.total is None else worse.total
+            eta_range = min(remaining / rate, eta), max(worst / 0.8, eta)
         total_time = migration.get("total-time")
         downtime = migration.get("expected-downtime", migration.get("downtime"))
         excess = ratio if number >= _PASSES and status == "active" else None
@@ -127,6 +135,8 @@ class Estimator:
             fraction=self._fraction,
             eta=eta,
             eta_range=eta_range,
+            switchover=likely.switchover if likely is not None and eta is not None else None,
+            downtime=likely.downtime if likely is not None and eta is not None else None,
             excess=excess,
             overdue=downtime / 1000 / self._limit
             if excess is not None and downtime and self._limit
@@ -157,24 +167,48 @@ class Estimator:
             return None
         return (done - done_then) / (now - then), (sent - sent_then) / (now - then)
 
-    def _to_come(
-        self, ram: dict[str, Any], left: int, dirty: float, ratio: float | None, now: float
-    ) -> float | None:
-        """Bytes to deal with until the end; None where there is none in sight, or not yet."""
-        total = ram.get("total", 0)
-        if self._pass <= 1:
-            return float(left + total * _COMES_AGAIN)
-        if ratio is None or ratio >= _STEEP:
-            return None
-        again = min(dirty * (now - self._pass_began), total)
-        unsent = dirty * self._limit  # r times what the last pass, at most, sends
-        return float(max(left, (left + again - unsent) / (1 - ratio)))
+    def _forecast(
+        self, ram: dict[str, Any], left: int, rate: float, dirty: float, now: float
+    ) -> Forecast:
+        """rate: of dealing with memory, in bytes/s, above 0; dirty: the dirty rate."""
+        return forecast(
+            Writes.steady(dirty, ram.get("total", 0)),
+            to_send=left,
+            bandwidth=rate,
+            downtime_limit=self._limit,
+            since=now - self._pass_began,
+        )
 
     def _advance(self, status: str, done: int, to_come: float | None) -> None:
         if status == "completed":
             self._fraction = 1.0
         elif done > 0 and to_come is not None:
             self._fraction = max(self._fraction, min(done / (done + to_come), 0.99))
+
+
+def outlook(migration: dict[str, Any], downtime_limit: float) -> Forecast | None:
+    """The forecast from a single answer of query-migrate; None while that does not tell enough.
+
+    downtime_limit: seconds.
+    """
+    ram = migration.get("ram", {})
+    bandwidth, number = ram.get("mbps", 0) * 1e6 / 8, ram.get("dirty-sync-count", 0)
+    if migration.get("status") != "active" or bandwidth <= 0 or number < 2:
+        return None
+    rate = ram.get("dirty-pages-rate", 0) * ram.get("page-size", 4096)
+    found = forecast(
+        Writes.steady(rate, ram.get("total", 0)),
+        to_send=ram.get("remaining", 0),
+        bandwidth=bandwidth,
+        downtime_limit=downtime_limit,
+    )
+    if rate < bandwidth * _STEEP:
+        return found
+    if number < _PASSES:
+        return None
+    # Where it settles, each pass leaves what it sent: what that takes, the machine says itself.
+    down = migration.get("expected-downtime", 0) / 1000 or found.downtime
+    return attrs.evolve(found, switchover=None, downtime=down)
 
 
 class _Progress:

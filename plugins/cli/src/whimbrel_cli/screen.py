@@ -40,9 +40,18 @@ def line(look: Look) -> str:
             for name, text in zip(_HEADING[:2], _figures(look.reading), strict=False)
             if text
         ]
+        parts += _forecast(look.reading)
     if why := look.trouble or look.reason:
         parts.append(printable(why))
     return f"{printable(look.address)}: {', '.join(parts)}"
+
+
+def _forecast(reading: Reading) -> list[str]:
+    if reading.excess is not None:
+        return [display.divergence(reading)]
+    if reading.switchover is None or reading.downtime is None:
+        return []
+    return [display.switchover(reading.switchover, reading.downtime)]
 
 
 def _state(look: Look) -> str:
@@ -68,7 +77,9 @@ def _figures(reading: Reading) -> tuple[str, ...]:
         units.size(reading.remaining),
         "" if ended else rate(reading.throughput),
         "" if ended else rate(reading.dirty_rate),
-        seconds(reading.expected_downtime),
+        seconds(
+            reading.expected_downtime if ended or reading.downtime is None else reading.downtime
+        ),
         "never" if reading.excess is not None else seconds(reading.eta) if not ended else "",
     )
 

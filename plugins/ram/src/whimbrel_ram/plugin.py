@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from whimbrel.errors import PluginError, SettingError
 from whimbrel.hookspecs import hookimpl
@@ -196,6 +196,13 @@ def savevm_handlers(kernel: Kernel, machine: Machine) -> list[SaveVMHandler]:
             converge=converge,
         )
     ]
+
+
+@hookimpl
+def monitor_commands() -> list[Any]:
+    from whimbrel_ram import commands
+
+    return [commands.calc_dirty_rate, commands.query_dirty_rate]
 
 
 @hookimpl

@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from whimbrel_cli.progress import Estimator
+from whimbrel_cli.progress import Estimator, outlook
 
 PAGE = 4096
 TICK = 0.1
@@ -201,3 +201,60 @@ def test_disks_are_work_like_memory():
     assert reading.eta == pytest.approx((120 + 10) / 20)
     reading = estimator.feed({"status": "completed", "ram": {**ram, "remaining": 0}}, 5.0)
     assert (reading.disk.remaining, reading.disk.total, reading.fraction) == (0, 100 * PAGE, 1)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_the_switchover_is_forecast_and_the_downtime_within_its_limit(share):
+    seen = list(readings(model(total=20_000, rate=1000, dirty=1000 * share)))
+    end = seen[-1][0]
+    later = [(now, r) for now, r in seen if r.number >= 2 and r.switchover is not None]
+    assert later
+    for _, r in later:
+        assert r.switchover + r.downtime == pytest.approx(r.eta)
+        assert 0 <= r.downtime <= 0.3
+    near = [abs(r.switchover - (end - now)) < 0.15 * (end - now) + 1 for now, r in later]
+    assert sum(near) > 0.8 * len(near)
+
+
+def single(share, number=4, **changes):
+    """One answer: 8 MiB left, 16 MiB/s sent, that share of it written."""
+    ram = {
+        "page-size": PAGE,
+        "total": 64 << 20,
+        "remaining": 8 << 20,
+        "mbps": 16 * 1.048576 * 8,
+        "dirty-sync-count": number,
+        "dirty-pages-rate": int(4096 * share),
+    }
+    return {"status": "active", "expected-downtime": 900, "ram": ram, **changes}
+
+
+def test_one_look_is_enough_for_an_outlook():
+    """0.5 s for what is left, then a quarter of it: 0.125 s, which is less than 0.3."""
+    found = outlook(single(0.25), 0.3)
+    assert found.switchover == pytest.approx(0.5)
+    assert found.downtime == pytest.approx(0.125)
+    assert found.excess == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("share", [0.97, 1.4])
+def test_an_outlook_of_one_that_does_not_converge(share):
+    found = outlook(single(share), 0.3)
+    assert found.switchover is None
+    assert found.excess == pytest.approx(share, abs=0.04)
+    assert found.downtime == 0.9
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {},
+        {"status": "setup"},
+        single(0.5, number=1),
+        single(1.4, number=2),
+        single(0.5, status="completed"),
+        single(0.5, ram={"dirty-sync-count": 5, "mbps": -1, "remaining": 5}),
+    ],
+)
+def test_no_outlook_before_anything_is_known(answer):
+    assert outlook(answer, 0.3) is None

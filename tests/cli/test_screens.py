@@ -12,7 +12,7 @@ from hypothesis import given, strategies as st
 from rich.cells import cell_len
 from rich.console import Console
 
-from whimbrel_cli import display
+from whimbrel_cli import display, screen
 from whimbrel_cli.logs import folded
 from whimbrel_cli.looking import Look
 from whimbrel_cli.progress import Disk, Estimator
@@ -88,13 +88,13 @@ def test_a_screen_of_many_machines_fits(columns):
         *(Look(address=f"unix:/vm-{n}", run_state="running") for n in range(100)),
     ]
 
-    def screen(console):
+    def drawing(console):
         view = Screen(console, [look.address for look in looks])
         for look in looks:
             view.show(look)
         return view.render()
 
-    lines = drawn(screen, columns).splitlines()
+    lines = drawn(drawing, columns).splitlines()
     assert len(lines) <= 24
     assert max(map(cell_len, lines)) <= columns
     assert "104 machines, 2 migrating, 1 without an answer" in lines[0]
@@ -139,3 +139,17 @@ def test_long_errors_break_at_words_on_a_terminal_only():
     assert all(line.startswith("    ") for line in lines[1:])
     assert " ".join(" ".join(lines).split()) == text.strip()
     assert folded(text, io.StringIO()) == text
+
+
+def test_each_display_tells_the_same_forecast():
+    now = reading()
+    assert now.switchover is not None
+    told = display.switchover(now.switchover, now.downtime)
+    assert told in " ".join(drawn(display.render("a", now, 80), 80).split())
+    assert told in screen.line(Look(address="a", run_state="running", reading=now))
+    assert display.members(now)["switchover"] == pytest.approx(now.switchover)
+    late = reading(excess=True)
+    assert display.divergence(late) in screen.line(
+        Look(address="a", run_state="running", reading=late)
+    )
+    assert display.members(late)["switchover"] is None

@@ -169,7 +169,7 @@ def _advice(found: Plan, address: str, capabilities: dict[str, bool]) -> Iterato
         "if it may stand still for so long",
     )
     if capabilities.get("auto-converge") is False:
-        rest = (1 - 1 / found.worst.excess) * 100
+        rest = (1 - found.link.bandwidth / bandwidth) * 100
         yield f"{migctl} caps auto-converge=on", f"it would rest about {rest:.0f} % of its time"
     if capabilities.get("xbzrle") is False:
         yield f"{migctl} caps xbzrle=on", "if it writes a little in each page"

@@ -151,5 +151,7 @@ def make(measured: Measured, link: Link, limit: float, used: int | None = None) 
 
 
 def needs(found: Plan) -> tuple[float, float]:
-    """What would let one that does not converge end: bytes/s, or a downtime limit in seconds."""
-    return found.link.bandwidth * found.worst.excess * _MARGIN, found.worst.downtime * _MARGIN
+    """What would let one that does not converge end, whichever forecast is right: bytes/s, or a downtime limit in seconds."""
+    both = (found.likely, found.worst)
+    excess, downtime = max(f.excess for f in both), max(f.downtime for f in both)
+    return found.link.bandwidth * excess * _MARGIN, downtime * _MARGIN

@@ -311,7 +311,7 @@ def monitor_page(plugins: Plugins) -> str:
                     ("`quit`", "refused unless the app allows it", "see `Machine(quit=)`"),
                     (
                         "`calc-dirty-rate`",
-                        "by `page-sampling` only; `query-dirty-rate` tells `x-written`, `x-seconds`, `x-memory`, `x-used` besides",
+                        "by `page-sampling` only; `query-dirty-rate` tells `x-written`, `x-memory`, `x-used` besides",
                         "tracking would have to be switched on in the machine; `dirty-rate` is whole MiB/s",
                     ),
                     (

@@ -144,9 +144,11 @@ def test_long_errors_break_at_words_on_a_terminal_only():
 def test_each_display_tells_the_same_forecast():
     now = reading()
     assert now.switchover is not None
-    told = display.switchover(now.switchover, now.downtime)
+    told = display.switchover(now.switchover, now.downtime, now.eta_range)
     assert told in " ".join(drawn(display.render("a", now, 80), 80).split())
-    assert told in screen.line(Look(address="a", run_state="running", reading=now))
+    assert display.switchover(now.switchover, now.downtime) in screen.line(
+        Look(address="a", run_state="running", reading=now)
+    )
     assert display.members(now)["switchover"] == pytest.approx(now.switchover)
     late = reading(excess=True)
     assert display.divergence(late) in screen.line(

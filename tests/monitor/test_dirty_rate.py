@@ -29,8 +29,8 @@ def test_an_app_that_stands_still(app):
     found = measure(wire, sample_pages=128)
     assert (found["dirty-rate"], found["x-written"]) == (0, 0)
     assert (found["x-memory"], found["x-used"]) == (4 * MIB, 4 * MIB)
-    assert (found["calc-time"], found["sample-pages"]) == (200, 128)
-    assert found["x-seconds"] >= 0.2
+    assert found["calc-time"] >= 200  # as long as it took
+    assert found["sample-pages"] == 128
 
 
 def test_what_an_app_writes_and_that_its_memory_is_not_touched(app):
@@ -52,7 +52,7 @@ def test_what_an_app_writes_and_that_its_memory_is_not_touched(app):
         stop.set()
         writer.join()
     assert found["x-written"] == MIB
-    assert found["dirty-rate"] == int(1 / found["x-seconds"])
+    assert 0 <= 1000 / found["calc-time"] - found["dirty-rate"] < 1.1  # rounded down
     assert measure(wire)["x-written"] == 0
 
 

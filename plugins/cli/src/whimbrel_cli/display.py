@@ -9,6 +9,7 @@ import attrs
 
 from whimbrel_cli import remote, units
 from whimbrel_cli.logs import printable
+from whimbrel_cli.progress import ENDED
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -218,20 +219,21 @@ def _flow(reading: Reading) -> str:
 def expectation(reading: Reading) -> str:
     """When the machine will stand still, and for how long."""
     if reading.switchover is not None and reading.downtime is not None and reading.eta_range:
-        low, high = reading.eta_range
-        around = f" (the end in {units.time(low)} to {units.time(high)})"
-        return switchover(reading.switchover, reading.downtime) + around
+        return switchover(reading.switchover, reading.downtime, reading.eta_range)
+    down = reading.expected_downtime
+    if reading.status in ENDED:
+        return "" if down is None else f"downtime {units.time(down)}"
     if reading.number <= 1:
         if reading.eta is None:
             return "end not known yet"
-        return f"about {units.time(reading.eta)} to go; the first pass shows how much is written meanwhile"
-    down = reading.expected_downtime
+        return f"about {units.time(reading.eta)} to go, if little is written meanwhile"
     return f"no end in sight, expected downtime {'...' if down is None else units.time(down)}"
 
 
-def switchover(left: float, downtime: float) -> str:
-    """A forecast of one that converges, in seconds."""
-    return f"switchover in about {units.time(left)}, downtime about {units.time(downtime)}"
+def switchover(left: float, downtime: float, around: tuple[float, float] | None = None) -> str:
+    """A forecast of one that converges, in seconds. around: from when to when, if that is known."""
+    span = f" ({units.time(around[0])} to {units.time(around[1])})" if around is not None else ""
+    return f"switchover in about {units.time(left)}{span}, downtime about {units.time(downtime)}"
 
 
 def divergence(reading: Reading) -> str:

@@ -81,10 +81,9 @@ def measure(monitor: Monitor, seconds: float, limit: float) -> Measured:
         samples["sample-pages"] = min(max(_SAMPLES * _GIB // memory, _LEAST), _MOST)
     windows, used = [], None
     for window in _windows(monitor, seconds, limit):
-        answer = _measure(monitor, window, samples)
-        exactly = answer.get("x-written")
-        written = answer.get("dirty-rate", 0) * _MIB * window if exactly is None else exactly
-        windows.append((answer.get("x-seconds", window), written))
+        answer, span = _measure(monitor, window, samples)
+        rate = answer.get("dirty-rate", 0) * _MIB
+        windows.append((span, answer.get("x-written", rate * span)))
         memory, used = answer.get("x-memory", memory), answer.get("x-used", used)
     if memory is None:
         raise LocalError(
@@ -104,12 +103,14 @@ def _windows(monitor: Monitor, seconds: float, limit: float) -> list[float]:
     return [first, round(seconds - first, 3)]
 
 
-def _measure(monitor: Monitor, window: float, samples: dict[str, Any]) -> dict[str, Any]:
+def _measure(
+    monitor: Monitor, window: float, samples: dict[str, Any]
+) -> tuple[dict[str, Any], float]:
+    """What it found, and over how many seconds."""
+    unit, in_one = {"calc-time-unit": "millisecond"}, 1000
     if monitor.version < _MILLISECONDS_SINCE:
-        span: dict[str, Any] = {"calc-time": int(window)}
-    else:
-        span = {"calc-time": round(window * 1000), "calc-time-unit": "millisecond"}
-    monitor.execute("calc-dirty-rate", {**span, **samples})
+        unit, in_one = {}, 1
+    monitor.execute("calc-dirty-rate", {"calc-time": round(window * in_one), **unit, **samples})
     deadline = time.monotonic() + window + _PATIENCE
     answer: dict[str, Any] = {}
     while answer.get("status") != "measured":
@@ -120,8 +121,8 @@ def _measure(monitor: Monitor, window: float, samples: dict[str, Any]) -> dict[s
                 hint="It is busy, or another program measures: try again",
             )
         time.sleep(_POLL)
-        answer = monitor.execute("query-dirty-rate")
-    return answer
+        answer = monitor.execute("query-dirty-rate", unit)
+    return answer, answer["calc-time"] / in_one or window
 
 
 # ---- judging

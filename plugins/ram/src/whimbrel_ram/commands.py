@@ -55,25 +55,25 @@ def calc_dirty_rate(
 
 @command("query-dirty-rate")
 def query_dirty_rate(ctx: Context, calc_time_unit: Unit = Unit.SECOND) -> dict[str, Any]:
-    """The measurement under way, or the last one: `dirty-rate` in whole MiB/s; not rounded, `x-written` bytes, each
-    page once, in `x-seconds`; the machine's RAM, `x-memory`, and how much of it is not zero, `x-used`.
+    """The measurement under way, or the last one: `dirty-rate` in whole MiB/s over `calc-time`, and what that
+    is of, `x-written` bytes; the machine's RAM, `x-memory`, and how much of it is not zero, `x-used`.
     """
     rate = dirty_rate.of(ctx.kernel)
     found = rate.written
     status = "measuring" if rate.is_measuring else "unstarted" if found is None else "measured"
+    seconds = rate.seconds if found is None else found.seconds
     result: dict[str, Any] = {
         "status": status,
         "sample-pages": rate.samples,
         "mode": str(Mode.PAGE_SAMPLING),
         "calc-time-unit": str(calc_time_unit),
         "start-time": rate.began,
-        "calc-time": round(rate.seconds * 1000) // calc_time_unit.milliseconds,
+        "calc-time": round(seconds * 1000) // calc_time_unit.milliseconds,
     }
-    if found is not None and status == "measured":
+    if found is not None:
         result |= {
             "dirty-rate": int(found.rate) // _MIB,
             "x-written": round(found.size),
-            "x-seconds": found.seconds,
             "x-memory": found.memory,
             "x-used": round(found.used),
         }

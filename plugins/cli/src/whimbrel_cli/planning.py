@@ -112,16 +112,15 @@ def _measure(
         unit, in_one = {}, 1
     monitor.execute("calc-dirty-rate", {"calc-time": round(window * in_one), **unit, **samples})
     deadline = time.monotonic() + window + _PATIENCE
-    answer: dict[str, Any] = {}
-    while answer.get("status") != "measured":
+    time.sleep(window)  # before that, there might be the answer of the one before
+    while (answer := monitor.execute("query-dirty-rate", unit)).get("status") != "measured":
         if time.monotonic() > deadline:
             raise LocalError(
                 f"{monitor.address} has not measured what the machine writes within"
                 f" {units.time(window + _PATIENCE)}",
-                hint="It is busy, or another program measures: try again",
+                hint="The machine is very busy: try again later",
             )
         time.sleep(_POLL)
-        answer = monitor.execute("query-dirty-rate", unit)
     return answer, answer["calc-time"] / in_one or window
 
 

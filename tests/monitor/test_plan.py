@@ -131,6 +131,12 @@ def test_it_says_what_it_found_and_what_to_do(writing):
     slow = migctl(source, "plan", "--seconds", "1", "--bandwidth", "1MiB/s", status=4)
     assert re.search(r"16\.0 MiB, [78]\.\d MiB of it in use", slow)
     assert "will not converge" in slow
+    assert "a link that takes" in slow
+    assert f"migctl -m {source.address} set bandwidth" not in slow
+    assert "if the app can be slowed down: it would rest" in slow
+    migctl(source, "set", "bandwidth", "1MiB/s")
+    slow = migctl(source, "plan", "--seconds", "1", status=4)
+    assert "1.0 MiB/s (max-bandwidth of the machine)" in slow
     assert f"migctl -m {source.address} set bandwidth" in slow
     assert f"migctl -m {source.address} caps auto-converge=on" in slow
 

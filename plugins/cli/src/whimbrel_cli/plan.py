@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from whimbrel.errors import BlockedError, LocalError
-from whimbrel_cli import remote, units
+from whimbrel_cli import remote, units, uris
 from whimbrel_cli.logs import printable
 from whimbrel_cli.planning import Link, Plan, make, measure, needs
 from whimbrel_cli.progress import ENDED
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from whimbrel_cli.monitor import Monitor
 
 _MIB = 1 << 20
+_LONGEST = 2000  # seconds that downtime-limit may be
+_SLOWEST = 99  # percent of its time that a machine can be made to rest
 
 # ---- the command
 
@@ -91,9 +93,9 @@ def plan(
                 err=True,
             )
         found = make(measure(monitor, seconds, limit), link, limit, used)
-        capabilities = monitor.capabilities() if found.converges is not True else {}
-        notes = list(_notes(monitor, found, parameters))
-    advice = list(_advice(found, monitor.address, capabilities))
+        allowed = parameters.get("max-bandwidth", 0)
+        notes = list(_notes(monitor, found, allowed))
+        advice = list(_advice(monitor, found, allowed))
     if as_json:
         remote.tell_json(members(found, notes, [command for command, _ in advice]))
     else:
@@ -146,9 +148,8 @@ def _link(ctx: click.Context, parameters: dict[str, Any], given: float | None) -
 # ---- judging
 
 
-def _notes(monitor: Monitor, found: Plan, parameters: dict[str, Any]) -> Iterator[str]:
+def _notes(monitor: Monitor, found: Plan, allowed: int) -> Iterator[str]:
     """What one should know besides."""
-    allowed = parameters.get("max-bandwidth")
     if allowed and allowed < found.link.bandwidth:
         yield f"max-bandwidth is {units.size(allowed)}/s: no more is sent until it is raised (migctl set bandwidth)"
     if (run_state := monitor.run_state()) != "running":
@@ -157,20 +158,26 @@ def _notes(monitor: Monitor, found: Plan, parameters: dict[str, Any]) -> Iterato
         yield f"stands against it now: {printable(reason)}"
 
 
-def _advice(found: Plan, address: str, capabilities: dict[str, bool]) -> Iterator[tuple[str, str]]:
-    """Commands, any of which may let it end, and what they are good for."""
+def _advice(monitor: Monitor, found: Plan, allowed: int) -> Iterator[tuple[str, str]]:
+    """Commands, any of which may let it end, and what they are good for. allowed: max-bandwidth, 0 where there is none."""
     if found.converges is True:
         return
     bandwidth, downtime = needs(found)
-    migctl = f"migctl -m {address}"
-    yield f"{migctl} set bandwidth {-(-bandwidth // _MIB):.0f}MiB/s", "if the link takes that"
-    yield (
-        f"{migctl} set downtime {-(-downtime * 100 // 1) * 10:.0f}ms",
-        "if it may stand still for so long",
-    )
-    if capabilities.get("auto-converge") is False:
-        rest = (1 - found.link.bandwidth / bandwidth) * 100
-        yield f"{migctl} caps auto-converge=on", f"it would rest about {rest:.0f} % of its time"
+    migctl, capabilities = f"migctl -m {monitor.address}", monitor.capabilities()
+    if allowed and allowed < bandwidth:
+        yield f"{migctl} set bandwidth {-(-bandwidth // _MIB):.0f}MiB/s", "if the link takes that"
+    else:
+        yield f"a link that takes {units.size(bandwidth)}/s", "max-bandwidth allows it"
+    if downtime <= _LONGEST:
+        tens = -(-downtime * 100 // 1)
+        yield f"{migctl} set downtime {tens * 10:.0f}ms", "if it may stand still for so long"
+    rest = 100 - 100 * found.link.bandwidth / bandwidth
+    if capabilities.get("auto-converge") is False and rest < _SLOWEST:
+        can = "if the app can be slowed down: " if uris.is_app(monitor) else ""
+        yield (
+            f"{migctl} caps auto-converge=on",
+            f"{can}it would rest about {rest:.0f} % of its time",
+        )
     if capabilities.get("xbzrle") is False:
         yield f"{migctl} caps xbzrle=on", "if it writes a little in each page"
 

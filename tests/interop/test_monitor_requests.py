@@ -83,14 +83,13 @@ def wait(*states: str) -> Step:
     return Step("", do=lambda client: client.wait(*states))
 
 
-def measured(client: Client) -> object:
-    def there() -> bool:
-        return bool(client.run("query-dirty-rate")["status"] == "measured")
+def dirty_rate(status: str) -> Step:
+    """Wait until a measurement is under way, which QEMU is not at once, or has ended."""
 
-    return wait_until(there, "end of the measurement")
+    def there(client: Client) -> bool:
+        return bool(client.run("query-dirty-rate")["status"] == status)
 
-
-MEASURED = Step("", do=measured)
+    return Step("", do=lambda client: wait_until(lambda: there(client), status))
 
 
 BEFORE_NEGOTIATION = [
@@ -307,9 +306,10 @@ IDLE = [
     call("calc-dirty-rate", calc_time=1, mode="guessing"),
     call("calc-dirty-rate", calc_time=1, extra=1),
     call("query-dirty-rate"),
-    call("calc-dirty-rate", calc_time=1, sample_pages=128, mode="page-sampling"),
+    call("calc-dirty-rate", calc_time=2, sample_pages=128, mode="page-sampling"),
+    dirty_rate("measuring"),
     call("calc-dirty-rate", calc_time=1),
-    MEASURED,
+    dirty_rate("measured"),
     call("query-dirty-rate"),
     call("query-dirty-rate", calc_time_unit="millisecond"),
     # running

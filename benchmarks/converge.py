@@ -1,10 +1,11 @@
 """Does a busy machine get across a thin link, within the downtime that was asked for?
 
-    python benchmarks/converge.py [--ram 1G] [--dirty-rate 100e6] [--link 250e6] [--downtime 300] [--runs 3] [--json]
+    python benchmarks/converge.py [--ram 1G] [--dirty-rate 100e6] [--link 250e6] [--downtime 300] [--limit 0] [--runs 3] [--json]
 
 A stress machine in one process migrates to another through a link that carries so many bytes per second (a proxy that
 paces by absolute deadlines). Reported: whether it converged, and the downtime as the guest felt it, which is the time
 between the last tick of its clock at the source and the first at the destination. Rates are in bytes (10^6) per second.
+--limit is max-bandwidth, which holds until the switchover; 0 is none.
 Exit status 1 if a run did not converge, took longer than asked, or lost anything.
 """
 
@@ -27,7 +28,7 @@ PATIENCE = 180
 
 def run(kind: str, options: argparse.Namespace) -> dict[str, object]:
     config = StressConfig(ram=options.ram, rate=options.dirty_rate)
-    settings = {"max-bandwidth": 0, "downtime-limit": options.downtime}
+    settings = {"max-bandwidth": int(options.limit), "downtime-limit": options.downtime}
     with tempfile.TemporaryDirectory() as directory, Pair(config, settings=settings) as pair:
         listen = "tcp:127.0.0.1:0" if kind == "tcp" else f"unix:{Path(directory) / 'm.sock'}"
         pair.source.call("boot")
@@ -65,6 +66,7 @@ def main() -> int:
     parser.add_argument("--ram", type=parse_size, default=1 << 30)
     parser.add_argument("--dirty-rate", type=float, default=100e6)
     parser.add_argument("--link", type=float, default=250e6)
+    parser.add_argument("--limit", type=float, default=0)
     parser.add_argument("--downtime", type=int, default=300, help="ms")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--transport", choices=("tcp", "unix"), action="append")

@@ -137,10 +137,9 @@ def writer():
 
 
 def kernel_of(writer):
+    """It does not end by itself: no downtime is allowed."""
     kernel = Kernel(writer.machine)
-    kernel.settings.update(
-        {"auto-converge": True, "max-bandwidth": 40 * MIB, "downtime-limit": 100}
-    )
+    kernel.settings.update({"auto-converge": True, "max-bandwidth": 40 * MIB, "downtime-limit": 0})
     kernel.settings.update({"cpu-throttle-initial": 70, "throttle-trigger-threshold": 60})
     return kernel
 

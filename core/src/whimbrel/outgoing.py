@@ -32,6 +32,7 @@ from whimbrel.errors import (
 from whimbrel.handle import as_migration_error
 from whimbrel.machine import RunState
 from whimbrel.notifiers import What
+from whimbrel.pace import SLICE, Pace
 from whimbrel.run import Run
 from whimbrel.savevm import Budget, Mode, Pending, SaveDriver, SaveVMHandler
 from whimbrel.state import Outcome, Status
@@ -160,21 +161,23 @@ class Outgoing(Run):
 
     def _iterate(self) -> None:
         out, figures = self._out, self._figures
-        out.limit = self.kernel.settings["max-bandwidth"]
+        settings = self.kernel.settings
+        out.pace = pace = Pace(lambda: int(settings["max-bandwidth"]), self._cancelled.wait)
         out.start_window()
         self._whole = self._driver.pending(exact=False).precopy
         while True:
             self._check_cancelled()
             if out.window_elapsed >= WINDOW:
                 self._close_window()
-            if out.rate_limited:
-                self._cancelled.wait(max(0.0, WINDOW - out.window_elapsed))
+            left = pace.left(out.window_end)
+            if left == 0:
+                self._cancelled.wait(max(0.0, min(SLICE, out.window_end - time.monotonic())))
                 continue
             pending = self._pending()
             if pending.precopy and pending.precopy >= figures.threshold:
                 budget = Budget(
-                    bytes=out.window_left,
-                    deadline=time.monotonic() + max(0.0, WINDOW - out.window_elapsed),
+                    bytes=left,
+                    deadline=out.window_end,
                     cancelled=self._cancelled.is_set,
                 )
                 self._driver.iterate(budget)
@@ -226,7 +229,6 @@ class Outgoing(Run):
         figures.threshold = figures.bandwidth * max(0.0, self._downtime_limit - overhead)
         if self._dirty_rate is not None and moved > SIGNIFICANT:
             figures.expected_downtime = self._dirty_rate / figures.bandwidth
-        out.limit = self.kernel.settings["max-bandwidth"]
         out.start_window()
         self._look_for_refusal()
 
@@ -254,7 +256,7 @@ class Outgoing(Run):
         elif settings.profile.cancelling:
             self._state.transition(Status.ACTIVE, Status.DEVICE)
         self._check_cancelled()
-        self._out.limit = 0
+        self._out.pace = None  # it stands still: as fast as the link can
         self._pass()
         self._driver.complete(Mode.PRECOPY)
         machine.invalidate()

@@ -1,4 +1,4 @@
-"""The migration stream over a channel: position, rate limit, and the first error, which stays.
+"""The migration stream over a channel: position, pace, and the first error, which stays.
 
 OutStream collects small writes and passes large ones through. InStream reads ahead and shows what it holds, so that a
 section can take runs of records from the buffer at once. Neither knows what the bytes mean.
@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from whimbrel.channel import Buffer, Channel
 from whimbrel.errors import ChannelError, EndOfStream, MigrationError
+from whimbrel.pace import Pace
 
 #: Writes at least this long go to the channel as they are, behind what was collected before.
 PASS_THROUGH = 16 << 10
@@ -23,7 +24,7 @@ READ_BUFFER = 1 << 20
 ALIGNMENT = 64
 #: An unread rest up to this long is moved to get that alignment for what comes next.
 SHORT_REST = 16 << 10
-WINDOW = 0.1  # seconds: the period of the rate limit
+WINDOW = 0.1  # seconds: the period of the figures
 
 _U16, _U32, _U64 = struct.Struct(">H"), struct.Struct(">I"), struct.Struct(">Q")
 
@@ -51,12 +52,12 @@ class _Latched:
 
 
 class OutStream(_Latched):
-    """The writing side. One thread writes; the limit may be set from any."""
+    """The writing side. One thread writes."""
 
-    def __init__(self, channel: Channel, limit: int = 0) -> None:
+    def __init__(self, channel: Channel) -> None:
         self.channel = channel
-        #: Bytes per second; 0 is unlimited.
-        self.limit = limit
+        #: Writes wait for their time, and large ones go in pieces; None: as fast as they can.
+        self.pace: Pace | None = None
         self._small = bytearray()
         self._sent = 0
         self._window_start = time.monotonic()
@@ -83,8 +84,26 @@ class OutStream(_Latched):
             if self._small:
                 buffers = [self._small, *buffers]
                 self._small = bytearray()
-            self.channel.send(buffers)
-            self._sent += sum(memoryview(b).nbytes for b in buffers)
+            for some in [buffers] if self.pace is None else self._pieces(buffers, self.pace):
+                self.channel.send(some)
+                self.account(sum(memoryview(b).nbytes for b in some))
+
+    def _pieces(self, buffers: Sequence[Buffer], pace: Pace) -> Iterator[Sequence[Buffer]]:
+        """The same bytes, each piece when its time has come."""
+        rest = [memoryview(b).cast("B") for b in buffers]
+        while rest:
+            pace.wait()
+            most = pace.piece
+            if most is None:
+                yield rest
+                return
+            some: list[memoryview] = []
+            while rest and most:
+                head = rest[0][:most]
+                some.append(head)
+                most -= len(head)
+                rest[:1] = [rest[0][len(head) :]] if len(head) < len(rest[0]) else []
+            yield some
 
     def u8(self, value: int) -> None:
         self.write(bytes((value,)))
@@ -113,16 +132,24 @@ class OutStream(_Latched):
         yield self.channel.raw_fd("write")
 
     def account(self, n: int) -> None:
-        """Bytes were written past this stream: they count for position and rate."""
+        """Bytes were written, some of them past this stream: they count for position and pace."""
         self._sent += n
+        if self.pace is not None:
+            self.pace.charge(n)
 
-    # ---- rate
+    def wait_for_turn(self, ahead: int = 0) -> None:
+        """Before bytes are written past this stream, until the pace allows it. ahead: those that others have still to
+        write.
+        """
+        if self.pace is not None:
+            self.pace.wait(ahead)
+
+    # ---- what went out lately
 
     def start_window(self) -> None:
-        """Begin a new period. What went out beyond the limit in the last one is taken off this one."""
-        excess = self.window_bytes - int(self.limit * self.window_elapsed) if self.limit else 0
+        """Begin a new period of the figures."""
         self._window_start = time.monotonic()
-        self._window_base = self.position - max(0, excess)
+        self._window_base = self.position
 
     @property
     def window_bytes(self) -> int:
@@ -134,15 +161,9 @@ class OutStream(_Latched):
         return time.monotonic() - self._window_start
 
     @property
-    def window_left(self) -> int | None:
-        """Bytes that may still be written in this window; None without a limit."""
-        if self.limit <= 0:
-            return None
-        return max(0, int(self.limit * WINDOW) - self.window_bytes)
-
-    @property
-    def rate_limited(self) -> bool:
-        return self.window_left == 0
+    def window_end(self) -> float:
+        """When it is over, by time.monotonic()."""
+        return self._window_start + WINDOW
 
 
 class InStream(_Latched):

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from whimbrel_ram.target import Target
 
 
+#: Pages of a job in any case, where there are so many: the head of a packet alone is as long as a third of a page.
+_FEWEST = 32
+
+
 @attrs.frozen(kw_only=True)
 class Options:
     """What both sides must agree on, and what the source chooses."""
@@ -148,13 +152,23 @@ class MultifdPages(StreamPages):
             else:
                 for i in range(0, len(empty), self._most):
                     senders.put(Job(idstr=idstr, zero=empty[i : i + self._most]))
-            for i in range(0, len(normal), self._most):  # few, where many were zero
-                senders.put(Job(idstr=idstr, words=block.words, normal=normal[i : i + self._most]))
+            step = self._step(out)
+            for i in range(0, len(normal), step):  # few, where many were zero
+                self._account(out)
+                out.wait_for_turn(senders.waiting)
+                senders.put(Job(idstr=idstr, words=block.words, normal=normal[i : i + step]))
             self._account(out)
             done += len(some)
             zero += len(empty)
         self._account(out)
         return Sent(done, zero)
+
+    def _step(self, out: OutStream) -> int:
+        """Pages of a job: fewer where the pace is slow."""
+        piece = None if out.pace is None else out.pace.piece
+        if piece is None:
+            return self._most
+        return min(self._most, max(_FEWEST, piece // self._options.page_size))
 
     def _zero_pages(self, block: SaveBlock, pages: NDArray[np.intp]) -> NDArray[np.bool_]:
         if self._options.zero_pages == "none":

@@ -23,7 +23,7 @@ from whimbrel.errors import (
 from whimbrel.handle import as_migration_error
 from whimbrel.machine import RunState
 from whimbrel.run import Run
-from whimbrel.savevm import LoadDriver, SaveVMHandler
+from whimbrel.savevm import LoadDriver, SaveVMHandler, load_cleanup
 from whimbrel.state import Outcome, Status
 from whimbrel.stream import InStream
 from whimbrel.way_back import WayBack
@@ -92,6 +92,9 @@ class Incoming(Run):
 
     def _receive(self) -> None:
         assert self._arrivals is not None
+        self._tell_handlers = lambda outcome: load_cleanup(self.handlers, outcome)
+        for handler in self.handlers:
+            handler.load_prepare()
         channel = self._arrivals.main()
         self._figures.started = time.monotonic()
         self._state.transition(Status.SETUP, Status.ACTIVE)
@@ -106,7 +109,6 @@ class Incoming(Run):
             capabilities=self.kernel.settings.on_wire(),
             accept=self._arrivals.accept,
         )
-        self._tell_handlers = driver.cleanup
         try:
             driver.load(inp)
         finally:

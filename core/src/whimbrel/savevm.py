@@ -135,6 +135,11 @@ class SaveVMHandler(abc.ABC):
     def cleanup(self, outcome: Outcome) -> None:
         """The run is over on the source; called once for every handler whose setup or save was reached."""
 
+    def load_prepare(self) -> None:
+        """The destination listens, and nobody has connected: what takes a while may begin. On the incoming thread; returns at
+        once. load_cleanup() follows, also where nobody ever connects.
+        """
+
     def load_setup(self, ctx: LoadContext) -> None:
         """Before the first section is read."""
 
@@ -157,6 +162,15 @@ class SaveVMHandler(abc.ABC):
     def query(self) -> dict[str, Any]:
         """Own members of query-migrate, such as {'ram': {...}}. Called from any thread, at any time."""
         return {}
+
+
+def load_cleanup(handlers: Iterable[SaveVMHandler], outcome: Outcome) -> None:
+    """Tell all of them; what one raises is logged."""
+    for handler in handlers:
+        try:
+            handler.load_cleanup(outcome)
+        except Exception:
+            log.exception("load_cleanup of section %s failed", handler.idstr)
 
 
 class LiveSaveVMHandler(SaveVMHandler):
@@ -602,8 +616,4 @@ class LoadDriver:
             )
 
     def cleanup(self, outcome: Outcome) -> None:
-        for handler in self._handlers.values():
-            try:
-                handler.load_cleanup(outcome)
-            except Exception:
-                log.exception("load_cleanup of section %s failed", handler.idstr)
+        load_cleanup(self._handlers.values(), outcome)

@@ -16,6 +16,7 @@ from whimbrel_ram.block import RAMBlock
 from whimbrel_ram.converge import AutoConverge
 from whimbrel_ram.decoder import Decoder, Event
 from whimbrel_ram.memory import untouched
+from whimbrel_ram.prefault import Prefault
 from whimbrel_ram.records import EOS_RECORD, PageFlag
 from whimbrel_ram.setup import BlockEntry, encode_setup, read_setup
 from whimbrel_ram.stats import RamStats
@@ -51,6 +52,7 @@ class RamHandler(LiveSaveVMHandler):
     running     whether the machine runs (for the figures: what is sent of one that stands still counts as downtime-bytes)
     find_pages  given the channel, another PageTransport than records in the stream, or None
     converge    slows the machine down where it writes faster than can be sent
+    prefault    whether a destination takes the host's memory for all of its RAM while it waits
     adopt       the most bytes of RAM that a destination without blocks of its own creates from the setup record
                 (0: it must have them all, with the same lengths)
     """
@@ -71,6 +73,7 @@ class RamHandler(LiveSaveVMHandler):
         mbps: Callable[[], float] = lambda: 0.0,
         find_pages: Callable[[Channel], PageTransport | None] | None = None,
         converge: AutoConverge | None = None,
+        prefault: bool = False,
         adopt: int = 0,
     ) -> None:
         blocks = list(blocks)
@@ -92,6 +95,7 @@ class RamHandler(LiveSaveVMHandler):
         self._mbps = mbps
         self._find_pages = find_pages
         self._converge = converge
+        self._wants_prefault = prefault
         self._adopt = adopt
         self._pages: PageTransport | None = None
         self._stats: RamStats | None = None
@@ -107,7 +111,7 @@ class RamHandler(LiveSaveVMHandler):
         self._decoder: Decoder | None = None
         self._targets: dict[str, Target] = {}
         self._listed: set[str] = set()
-        self._loading = False
+        self._prefault: Prefault | None = None
 
     @property
     def blocks(self) -> tuple[RAMBlock, ...]:
@@ -294,6 +298,11 @@ class RamHandler(LiveSaveVMHandler):
 
     # ---- destination
 
+    def load_prepare(self) -> None:
+        if self._wants_prefault:
+            self._prefault = Prefault(self.blocks)
+            self._prefault.start()
+
     def load_setup(self, ctx: LoadContext) -> None:
         known = ctx.configuration.capabilities if ctx.configuration is not None else None
         for capability in _FOREIGN_CAPABILITIES:
@@ -307,7 +316,6 @@ class RamHandler(LiveSaveVMHandler):
         self._decoder = self.decoder_type(self.page_size, self._find)
         self._targets.clear()
         self._listed.clear()
-        self._loading = True
 
     def adopt_page_size(self, ctx: LoadContext) -> None:
         """Take the page size of the stream's configuration, said or not, in load_setup() of a destination that has none of its own.
@@ -432,6 +440,8 @@ class RamHandler(LiveSaveVMHandler):
                 found=", ".join(sorted(self._listed)) or "none",
                 hint="The source's machine must have the same RAM blocks",
             )
+        if self._prefault is not None:
+            self._prefault.stop()  # what is needed is there
         if self._pages is not None:
             self._pages.load_complete()
 
@@ -442,7 +452,9 @@ class RamHandler(LiveSaveVMHandler):
     def load_cleanup(self, outcome: Outcome) -> None:
         self._decoder = self._context = None
         self._targets.clear()
-        self._loading = False
+        if self._prefault is not None:
+            self._prefault.close()
+            self._prefault = None
         self._close_pages(outcome)
 
 

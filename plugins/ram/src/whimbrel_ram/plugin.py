@@ -120,6 +120,14 @@ def settings() -> list[Setting]:
             help="Slow it down by no more than what it takes to make it write little enough",
         ),
         Parameter(
+            name="prefault",
+            type=Type.BOOL,
+            default=False,
+            side=Side.DESTINATION,
+            help="While it waits, the destination takes memory of the host for all RAM: the first pass is then faster,"
+            " and pages that were never used cost memory as well",
+        ),
+        Parameter(
             name="dirty-tracker",
             type=Type.STR,
             default=AUTO,
@@ -194,6 +202,7 @@ def savevm_handlers(kernel: Kernel, machine: Machine) -> list[SaveVMHandler]:
             mbps=lambda: max(0.0, kernel.state.figures.mbps),
             find_pages=lambda channel: _page_transport(kernel, channel),
             converge=converge,
+            prefault=settings["prefault"],
         )
     ]
 

@@ -74,7 +74,8 @@ def allowed(setting: Setting) -> str:
     low = "" if setting.minimum is None else f"{setting.minimum:.0f}"
     unbounded = setting.maximum is None or setting.maximum >= SIZE_MAX
     text = f"{low} or more" if unbounded else f"{low} to {setting.maximum:.0f}"
-    return text + (", a power of two" if setting.power_of_two else "")
+    text += ", a power of two" if setting.power_of_two else ""
+    return text + (f", no less than {code(setting.not_below)}" if setting.not_below else "")
 
 
 def remarks(setting: Setting) -> str:

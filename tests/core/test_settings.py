@@ -136,6 +136,26 @@ def test_combinations(settings):
     settings.update({"multifd": False, "zero-copy-send": False, "xbzrle": True})
 
 
+def test_a_parameter_that_is_never_below_another():
+    settings = Settings(TODAY)
+    low = Parameter(name="low", type=Type.INT, default=20, minimum=1, maximum=99, help="")
+    high = Parameter(
+        name="high", type=Type.INT, default=99, minimum=1, maximum=99, help="", not_below="low"
+    )
+    alone = Parameter(name="alone", type=Type.INT, default=1, not_below="of-nobody", help="")
+    settings.declare([high, low, alone])
+    said = "Parameter 'high' expects no less than low: 19 is below 20"
+    with pytest.raises(SettingError, match=said):
+        settings["high"] = 19
+    settings["high"] = 20
+    with pytest.raises(SettingError, match="20 is below 21"):
+        settings["low"] = 21
+    assert (settings["high"], settings["low"]) == (20, 20)
+    settings.update({"low": 50, "high": 50})
+    settings.update({"high": 3, "low": 2})
+    assert (settings["high"], settings["low"]) == (3, 2)
+
+
 def test_aliases(settings):
     settings["x-multifd-channels"] = 5
     assert settings["multifd-channels"] == settings.get("x-multifd-channels") == 5

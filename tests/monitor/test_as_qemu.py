@@ -82,16 +82,24 @@ SETTING = [
 
 
 @pytest.fixture
-def two(app, qemu, tmp_path):
-    """Clients of both, by the same means."""
+def pair(app, qemu, tmp_path):
+    """Clients of both, by the same means, beside a QEMU of that version."""
     from types import SimpleNamespace
 
-    address = f"unix:{tmp_path}/qemu.qmp"
-    args = ("-M", "none", "-qmp", f"{address},server=on,wait=off", "-S")
-    qemu(*args, version="7.2")
-    ours = app()
-    theirs = type(ours).stranger(SimpleNamespace(address=address, clients=ours.clients))
-    return ours.client(), theirs.negotiate()
+    def make(version):
+        address = f"unix:{tmp_path}/qemu.qmp"
+        args = ("-M", "none", "-qmp", f"{address},server=on,wait=off", "-S")
+        qemu(*args, version=version)
+        ours = app()
+        theirs = type(ours).stranger(SimpleNamespace(address=address, clients=ours.clients))
+        return ours.client(), theirs.negotiate()
+
+    return make
+
+
+@pytest.fixture
+def two(pair):
+    return pair("7.2")
 
 
 def answers(wire, data, number):
@@ -107,6 +115,39 @@ def test_what_is_wrong_is_said_alike(two):
     ours, theirs = two
     for number, data in enumerate(SYNTAX + SETTING):
         assert answers(ours, data, number) == answers(theirs, data, number), data
+
+
+#: Each after those before it.
+THROTTLES = [
+    {"max-cpu-throttle": 10},
+    {"max-cpu-throttle": 20},
+    {"cpu-throttle-initial": 30},
+    {"cpu-throttle-initial": 30, "max-cpu-throttle": 25},
+    {"cpu-throttle-initial": 30, "max-cpu-throttle": 30},
+    {"max-cpu-throttle": 29},
+    {"cpu-throttle-initial": 99},
+    {"max-cpu-throttle": 40, "cpu-throttle-initial": 10},
+    {"cpu-throttle-increment": 99},
+    {"max-cpu-throttle": 100},
+    {"cpu-throttle-initial": 0},
+    {"cpu-throttle-initial": 5, "multifd-channels": 0},
+]
+
+
+@pytest.mark.parametrize("version", ["7.2", "10.0"])
+def test_what_the_throttle_may_be_set_to(pair, version):
+    """The same is taken and refused, and stands afterwards; the words are ours."""
+    names = ("cpu-throttle-initial", "cpu-throttle-increment", "max-cpu-throttle")
+    told = []
+    for wire in pair(version):
+        steps = []
+        for values in THROTTLES:
+            taken = "return" in wire.reply("migrate-set-parameters", **values)
+            now = wire.reply("query-migrate-parameters")["return"]
+            steps.append((values, taken, [now[n] for n in names]))
+        told.append(steps)
+    assert told[0] == told[1]
+    assert {taken for _, taken, _ in told[1]} == {True, False}
 
 
 def test_descriptors(two):

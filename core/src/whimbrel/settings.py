@@ -86,6 +86,8 @@ class Parameter(Setting):
     maximum: float | None = None
     choices: tuple[str, ...] = ()
     power_of_two: bool = False
+    #: Name of the parameter that this one is never below.
+    not_below: str | None = None
     when: When = When.ALWAYS
 
 
@@ -356,6 +358,8 @@ class Settings:
 
     def _check_combination(self, values: Mapping[str, Any]) -> None:
         for setting in self._declared.values():
+            if isinstance(setting, Parameter):
+                self._check_order(setting, values)
             if not isinstance(setting, Capability) or not values[setting.name]:
                 continue
             for other in setting.requires:
@@ -370,6 +374,16 @@ class Settings:
                         f"capabilities '{setting.name}' and '{other}' exclude each other",
                         hint=f"Set {other} off first",
                     )
+
+    def _check_order(self, parameter: Parameter, values: Mapping[str, Any]) -> None:
+        """Whichever of the two was set: both can be set at once."""
+        other, value = parameter.not_below, values[parameter.name]
+        if other is None or other not in values or value >= values[other]:
+            return
+        raise SettingError(
+            f"Parameter '{parameter.name}' expects no less than {other}: {value} is below {values[other]}",
+            hint="Set both together",
+        )
 
     def as_dict(self) -> dict[str, Any]:
         with self._lock:

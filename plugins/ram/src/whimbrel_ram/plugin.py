@@ -112,7 +112,14 @@ def settings() -> list[Setting]:
             99,
             "How much more it rests each time that this was not enough",
         ),
-        _percent("max-cpu-throttle", 99, 1, 99, "How much of its time it rests at most"),
+        _percent(
+            "max-cpu-throttle",
+            99,
+            1,
+            99,
+            "How much of its time it rests at most",
+            not_below="cpu-throttle-initial",
+        ),
         Parameter(
             name="cpu-throttle-tailslow",
             type=Type.BOOL,
@@ -138,7 +145,15 @@ def settings() -> list[Setting]:
     ]
 
 
-def _percent(name: str, default: int, minimum: int, maximum: int, help: str) -> Parameter:  # noqa: A002
+def _percent(
+    name: str,
+    default: int,
+    minimum: int,
+    maximum: int,
+    help: str,  # noqa: A002
+    *,
+    not_below: str | None = None,
+) -> Parameter:
     return Parameter(
         name=name,
         type=Type.INT,
@@ -146,6 +161,7 @@ def _percent(name: str, default: int, minimum: int, maximum: int, help: str) -> 
         default=default,
         minimum=minimum,
         maximum=maximum,
+        not_below=not_below,
         help=help,
     )
 

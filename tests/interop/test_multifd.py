@@ -1,6 +1,8 @@
 """multifd with real QEMUs of both versions, as source and as destination: their RAM is then ours, byte for byte."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,7 +10,7 @@ from whimbrel import Kernel, Machine
 from whimbrel.savevm import SaveVMHandler, TailTaken
 from whimbrel_ram import RAMBlock, RamHandler
 from whimbrel_ram.plugin import _page_transport
-from whimbrel_testing.peers import QemuFactory
+from whimbrel_testing.peers import Qemu, QemuFactory
 from whimbrel_testing.qemu_guest import MIB, FilledGuest
 
 pytestmark = pytest.mark.interop
@@ -17,6 +19,7 @@ PEERS = [("7.2", "pc-i440fx-7.2"), ("10.0", "pc-i440fx-7.2"), ("10.0", "pc-i440f
 peers = pytest.mark.parametrize(("version", "machine_type"), PEERS)
 methods = pytest.mark.parametrize("method", ["none", "zlib", "zstd"])
 CHANNELS = 3
+UUID = "b1e5c1d0-6a50-4c4e-9d0c-3d2f6f0a7a11"
 
 
 def prepared(machine: Machine, method: str, zero: str = "legacy") -> Kernel:
@@ -128,3 +131,71 @@ def test_we_take_a_qemu_s(
     assert figures["multifd-bytes"] > 0
     (block,) = [b for b in ram.blocks if b.idstr == "ram"]
     assert bytes(block.buffer) == theirs.read_bytes()
+
+
+def switches(method: str) -> list[str]:
+    """The same for migctl."""
+    return [
+        *("--set", "multifd=on", "--set", f"multifd-channels={CHANNELS}"),
+        *("--set", f"multifd-compression={method}"),
+    ]
+
+
+def switch(peer: Qemu, method: str) -> None:
+    peer.capabilities(multifd=True, return_path=True)
+    peer.qmp("migrate-set-parameters", multifd_channels=CHANNELS, multifd_compression=method)
+
+
+@peers
+@methods
+def test_a_guest_becomes_a_file_and_runs_on_over_several_channels(
+    qemu: QemuFactory,
+    migctl: Callable[..., Any],
+    tmp_path: Path,
+    *,
+    version: str,
+    machine_type: str,
+    method: str,
+) -> None:
+    guest = FilledGuest(size=16 * MIB)
+    before, after, file = tmp_path / "before", tmp_path / "after", tmp_path / "guest.mig"
+    guest.fill(before, seed=6)
+    source = qemu(*guest.args(before, machine_type), "-uuid", UUID, version=version)
+    switch(source, method)
+    receiver = migctl("receive", "tcp:127.0.0.1:0", file, *switches(method))
+    source.migrate(receiver.address(), max_bandwidth=1 << 40)
+    received = receiver.succeeded("received")
+    assert received["acknowledged"]
+    assert source.wait_migration("completed")["ram"]["multifd-bytes"] > 0
+    # Nothing in a stream says the UUID, which a QEMU compares with that of each channel: the target has none.
+    target = qemu(*guest.args(after, machine_type), "-incoming", "defer", version=version)
+    switch(target, method)
+    target.qmp("migrate-incoming", uri=f"unix:{tmp_path}/in")
+    sent = migctl("send", file, f"unix:{tmp_path}/in", *switches(method)).succeeded("sent")
+    assert sent["acknowledged"]
+    target.wait_migration("completed")
+    target.kill()
+    assert after.read_bytes() == before.read_bytes()
+
+
+@pytest.mark.parametrize(("here", "said"), [(2, "channel"), (4, "3 of 4 multifd channels came")])
+def test_another_number_of_channels_is_told_and_nothing_is_kept(
+    qemu: QemuFactory,
+    migctl: Callable[..., Any],
+    tmp_path: Path,
+    *,
+    here: int,
+    said: str,
+) -> None:
+    guest = FilledGuest(size=16 * MIB)
+    guest.fill(tmp_path / "before", seed=7)
+    source = qemu(*guest.args(tmp_path / "before"), version="10.0")
+    switch(source, "none")
+    receiver = migctl(
+        *("receive", "tcp:127.0.0.1:0", tmp_path / "guest.mig", "--set", "multifd=on"),
+        *("--set", f"multifd-channels={here}"),
+    )
+    source.migrate(receiver.address(), max_bandwidth=1 << 40)
+    assert said in receiver.failed()
+    source.wait_migration("failed")
+    assert not list(tmp_path.glob("guest.mig*"))

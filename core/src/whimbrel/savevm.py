@@ -75,7 +75,8 @@ class Mode(enum.Enum):
 Accept = Callable[[float | None], Channel]
 
 
-def _no_channel(deadline: float | None) -> Channel:
+def no_channel(deadline: float | None) -> Channel:
+    """Where nobody opens further ones. Raises ChannelError."""
     raise ChannelError("there are no further channels here")
 
 
@@ -87,7 +88,7 @@ class LoadContext:
     configuration: Configuration | None = None
     #: The next further channel of the source, where a capability says that it opens some; given a deadline. From any
     #: thread. Raises ChannelError, DeadlineExceeded, Cancelled. Who accepts a channel closes it.
-    accept: Accept = _no_channel
+    accept: Accept = no_channel
 
 
 class SaveVMHandler(abc.ABC):
@@ -396,7 +397,7 @@ class LoadDriver:
         unknown_section: UnknownSection | None = None,
         check_machine: bool = True,
         capabilities: Iterable[str] = (),
-        accept: Accept = _no_channel,
+        accept: Accept = no_channel,
     ) -> None:
         """capabilities: those that are on here, of the ones that a stream names: each may change its form.
         accept: see LoadContext.

@@ -60,6 +60,24 @@ dialect_option = click.option(
     help="The form of the stream, by version of the machine type (2013, 2.3, 9.0, ...).  [default: it shows]",
 )
 
+
+def _settings(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> dict[str, str]:
+    for value in values:
+        if "=" not in value[1:]:
+            raise click.BadParameter(f"'{value}' is not of the form NAME=VALUE")
+    return dict(value.split("=", 1) for value in values)
+
+
+set_option = click.option(
+    "--set",
+    "settings",
+    callback=_settings,
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="A setting of the transport, or another that the command has; a name that there is not lists them. May be"
+    " given several times.",
+)
+
 # ---- output
 
 
@@ -169,7 +187,11 @@ Example: a running QEMU guest becomes a file, and later runs on elsewhere.
   $ migctl receive tcp:127.0.0.1:4444 guest.mig
   (qemu) migrate tcp:127.0.0.1:4444
   $ qemu-system-x86_64 ... -incoming unix:/run/dst.sock
-  $ migctl send guest.mig unix:/run/dst.sock""",
+  $ migctl send guest.mig unix:/run/dst.sock
+
+\b
+From a source that has the capability multifd on:
+  $ migctl receive tcp:127.0.0.1:4444 guest.mig --set multifd=on --set multifd-channels=4""",
 )
 @click.argument("uri")
 @click.argument("file", type=click.Path(path_type=Path))
@@ -181,6 +203,7 @@ Example: a running QEMU guest becomes a file, and later runs on elsewhere.
     help="Refuse a machine with more RAM.  [default: 1T]",
 )
 @dialect_option
+@set_option
 @json_option
 def receive(
     *,
@@ -189,6 +212,7 @@ def receive(
     force: bool,
     max_ram: int | None,
     dialect: Dialect | None,
+    settings: dict[str, str],
     as_json: bool,
 ) -> None:
     """Listen at URI, take one migration, and keep the machine in FILE.
@@ -220,6 +244,7 @@ def receive(
             force=force,
             max_ram=MAX_RAM if max_ram is None else max_ram,
             dialect=dialect,
+            settings=settings,
             on_listening=listening,
             progress=progress,
         )

@@ -9,7 +9,8 @@ import attrs
 
 from whimbrel.errors import StreamError
 from whimbrel.machine import Machine, RunState
-from whimbrel.savevm import Budget, LoadDriver, Mode, SaveDriver, SaveVMHandler
+from whimbrel.savevm import Accept, Budget, LoadDriver, Mode, SaveDriver, SaveVMHandler, no_channel
+from whimbrel.settings import Settings
 from whimbrel.state import Outcome, RunParams
 from whimbrel.stream import InStream, OutStream
 from whimbrel.wire import dialects, items
@@ -176,19 +177,23 @@ def read_guest(
     max_ram: int = MAX_RAM,
     take_rest: TakeRest | None = None,
     dialect: Dialect | None = None,
+    multifd: Settings | None = None,
+    accept: Accept = no_channel,
 ) -> Guest:
     """A whole stream, up to and including its vmdescription.
 
     on_command takes the source's commands, answer_ping the PING before the end. on_ram_start is called when RAM is
     about to come, and may raise. max_ram: bytes of RAM that are accepted. take_rest: takes streams with live sections
-    that nobody here knows; None refuses them. dialect: what the stream must look like; None: it shows.
+    that nobody here knows; None refuses them. dialect: what the stream must look like; None: it shows. multifd: settings of
+    a kernel, where pages come over the channels that accept() gives.
 
     Raises StreamError and EndOfStream with section and offset.
     """
     from whimbrel_qemu.ram import AdoptingRam
 
-    ram = AdoptingRam(max_ram, on_ram_start)
-    foreign = _Foreign(ram, answer_ping, take_rest)
+    ram = AdoptingRam(max_ram, on_ram_start, multifd=multifd, dialect=dialect)
+    # Pages of further channels would not be in what is taken.
+    foreign = _Foreign(ram, answer_ping, take_rest if multifd is None else None)
     foreign.driver = driver = LoadDriver(
         Machine("any"),
         [ram],
@@ -196,6 +201,7 @@ def read_guest(
         on_command=on_command,
         unknown_section=foreign,
         check_machine=False,
+        accept=accept,
     )
     outcome = Outcome.FAILED
     try:

@@ -16,9 +16,11 @@ import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import attrs
 
+from whimbrel.arrivals import Arrivals
 from whimbrel.channel import Channel, Listener, Role
 from whimbrel.descriptors import DescriptorChannel, ReadyListener
 from whimbrel.errors import (
@@ -31,10 +33,13 @@ from whimbrel.errors import (
 )
 from whimbrel.kernel import Kernel
 from whimbrel.plugins import Plugins
+from whimbrel.savevm import Accept, no_channel
+from whimbrel.settings import Settings
 from whimbrel.stream import InStream, OutStream
 from whimbrel.way_back import WayBack
 from whimbrel.wire.format import Dialect
 from whimbrel_qemu.guest import MAX_RAM, Guest, explain, read_guest, write_guest
+from whimbrel_qemu.options import RECEIVING, set_those
 from whimbrel_qemu.progress import Progress
 from whimbrel_qemu.rest import RestKeeper
 
@@ -96,6 +101,7 @@ def receive(
     force: bool = False,
     max_ram: int = MAX_RAM,
     dialect: Dialect | None = None,
+    settings: Mapping[str, Any] | None = None,
     plugins: Plugins | None = None,
     named_fds: Mapping[str, int] | None = None,
     on_listening: Callable[[tuple[str, ...]], None] = lambda _: None,
@@ -105,26 +111,34 @@ def receive(
     way back where it is a pipe or a socket.
 
     force: replace a file that exists. max_ram: bytes of RAM that are accepted. dialect: the form that the
-    stream must have; None: it shows. named_fds: descriptors for fd:NAME.
+    stream must have; None: it shows. settings: of transports and filters, and multifd with its channels and compression,
+    as the source has them. named_fds: descriptors for fd:NAME.
     on_listening is told the real addresses, as URIs, once a source can connect.
 
     The source gets its acknowledgement after the file has been synced to disk; whatever fails before makes it run on.
     Until then there is no file of that name, only, while it is being written, one with `.partial` behind the name.
 
-    Raises LocalError, UriError, ChannelError, StreamError, EndOfStream; KeyboardInterrupt leaves nothing behind.
+    Raises LocalError, SettingError, UriError, ChannelError, StreamError, EndOfStream; KeyboardInterrupt leaves nothing behind.
     """
     target = Path(path)
     _check_target(target, force)
     progress = progress if progress is not None else Progress()
     kernel = Kernel(plugins=plugins)
     kernel.named_fds.update(named_fds or {})
+    set_those(kernel, settings, RECEIVING)
     cancel_fd = os.eventfd(0, os.EFD_CLOEXEC)
     try:
         context = kernel.context(Role.DESTINATION, cancel_fd)
-        with _standard() if uri == "-" else kernel.route(uri).listen(context) as listener:
+        with (
+            _standard() if uri == "-" else kernel.route(uri).listen(context) as listener,
+            contextlib.ExitStack() as stack,
+        ):
             progress.begin("waiting for the source")
             on_listening(listener.addresses)
-            with listener.accept() as channel:
+            multifd = kernel.settings if kernel.settings.get("multifd") else None
+            arrivals = Arrivals(listener, several=multifd is not None, opened=lambda _: None)
+            stack.callback(arrivals.close)
+            with arrivals.main() if multifd is not None else listener.accept() as channel:
                 return receive_from(
                     channel,
                     target,
@@ -133,6 +147,8 @@ def receive(
                     dialect=dialect,
                     progress=progress,
                     check_others=functools.partial(refuse_multifd, listener),
+                    multifd=multifd,
+                    accept=arrivals.accept,
                 )
     finally:
         os.close(cancel_fd)
@@ -160,12 +176,16 @@ def receive_from(
     dialect: Dialect | None = None,
     progress: Progress | None = None,
     check_others: Callable[[], None] = lambda: None,
+    multifd: Settings | None = None,
+    accept: Accept = no_channel,
 ) -> Received:
     """As receive(), from a channel that is open already.
 
     check_others is called before RAM comes and after all has come: it raises if the source sends over another channel
-    as well.
+    as well. With multifd it does, and accept() gives those channels: nobody has to look then.
     """
+    if multifd is not None:
+        check_others = _nobody_else
     progress = progress if progress is not None else Progress()
     way_back = _WayBack(channel)
     inp = InStream(channel)
@@ -183,6 +203,8 @@ def receive_from(
                     fd, head + start, items_at=len(head), footers=footers
                 ),
                 dialect=dialect,
+                multifd=multifd,
+                accept=accept,
             )
             check_others()
             if guest.rest is None:
@@ -212,7 +234,14 @@ def receive_from(
     )
 
 
-def refuse_multifd(listener: Listener) -> None:
+def _nobody_else() -> None:
+    """There is nothing to look for."""
+
+
+def refuse_multifd(
+    listener: Listener,
+    hint: str = "Switch the capability multifd off on the source, or receive with --set multifd=on",
+) -> None:
     """Pages that travel over further connections would be missing, and nothing in the stream says that they do."""
     with contextlib.suppress(DeadlineExceeded):
         while True:
@@ -221,7 +250,7 @@ def refuse_multifd(listener: Listener) -> None:
                     raise StreamError(
                         "the source sends its pages over further connections",
                         section="ram",
-                        hint="Switch the capability multifd off on the source",
+                        hint=hint,
                     )
             log.warning("a second connection came in the meantime, and was closed")
 

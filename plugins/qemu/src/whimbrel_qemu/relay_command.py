@@ -33,15 +33,26 @@ def _ask(as_json: bool) -> bool | None:
     epilog="""\b
 Example: a guest moves over a host that both sides reach.
   $ migctl relay tcp:0.0.0.0:4444 unix:/run/dst.sock --report
-  (qemu) migrate tcp:relay:4444""",
+  (qemu) migrate tcp:relay:4444
+
+\b
+Over ssh, with a configuration of its own:
+  $ migctl relay tcp:0.0.0.0:4444 ssh://dst/unix:/run/dst.sock --set ssh-config=lab.conf""",
 )
 @click.argument("source", metavar="IN")
 @click.argument("destination", metavar="OUT")
 @click.option("--report", is_flag=True, help="Show what passed, section by section.")
 @commands.dialect_option
+@commands.set_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object a line on stdout.")
 def relay(
-    source: str, destination: str, report: bool, dialect: Dialect | None, as_json: bool
+    *,
+    source: str,
+    destination: str,
+    report: bool,
+    dialect: Dialect | None,
+    settings: dict[str, str],
+    as_json: bool,
 ) -> None:
     """Listen at IN, take one migration, and pass it on to OUT, where a destination listens.
 
@@ -78,6 +89,7 @@ def relay(
             source,
             destination,
             dialect=dialect,
+            settings=settings,
             on_listening=listening,
             on_unknown=unknown,
             progress=progress,

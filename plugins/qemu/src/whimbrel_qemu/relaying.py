@@ -21,6 +21,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import attrs
 
@@ -44,6 +45,7 @@ from whimbrel.wire.items import SectionHeader
 from whimbrel.wire.return_path import encode_shut
 from whimbrel_qemu.answers import Answers
 from whimbrel_qemu.guest import explain
+from whimbrel_qemu.options import RELAYING, set_those
 from whimbrel_qemu.passing import PassingDevices, PassingRam, PassingRest
 from whimbrel_qemu.progress import Progress
 from whimbrel_qemu.receiving import BROKE_OFF, HEADER, NOT_TOLD, refuse_multifd
@@ -55,6 +57,7 @@ _LAST_WORDS = 1.0
 _FINISH = 30.0
 _POLL = 0.2  # seconds between looks at a Ctrl-C
 _RUNS_ON = "The source runs on"
+_ONE_CHANNEL = "Switch the capability multifd off on the source"
 _OWN_LOG = "Its own log says why; the source runs on"
 _LOOK = (
     "The source waits for a word: look whether the destination runs the machine. Without a word from here the source"
@@ -116,6 +119,7 @@ def relay(
     destination: str,
     *,
     dialect: Dialect | None = None,
+    settings: Mapping[str, Any] | None = None,
     plugins: Plugins | None = None,
     named_fds: Mapping[str, int] | None = None,
     on_listening: Callable[[tuple[str, ...]], None] = lambda _: None,
@@ -125,15 +129,17 @@ def relay(
     """Listen at the URI `source`, take one migration, and pass it on to the URI `destination`.
 
     The destination is connected when the source has. dialect: the form that the stream must have; None: it shows.
+    settings: of transports and filters.
     on_listening is told the real addresses, as URIs, once a source can connect.
 
-    Raises LocalError, UriError, ChannelError, StreamError, PeerError (the destination refused): the source runs on;
+    Raises LocalError, SettingError, UriError, ChannelError, StreamError, PeerError (the destination refused): the source runs on;
     OutcomeUnknown if on_unknown() does not know either. KeyboardInterrupt leaves the machine with the source; it is held back
     while the destination decides, and a second one raises OutcomeUnknown.
     """
     progress = progress if progress is not None else Progress()
     kernel = Kernel(plugins=plugins)
     kernel.named_fds.update(named_fds or {})
+    set_those(kernel, settings, RELAYING)
     cancel_fd = os.eventfd(0, os.EFD_CLOEXEC)
     try:
         way_out = kernel.route(destination)
@@ -148,7 +154,7 @@ def relay(
                         from_source,
                         to_destination,
                         dialect=dialect,
-                        check_others=functools.partial(refuse_multifd, listener),
+                        check_others=functools.partial(refuse_multifd, listener, _ONE_CHANNEL),
                     )
                     progress.begin("relaying", lambda: passage.position)
                     return passage.run(on_unknown)

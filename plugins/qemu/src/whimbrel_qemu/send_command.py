@@ -31,6 +31,10 @@ Examples:
   $ migctl send guest.mig unix:/run/dst.sock --log dst.log
 
 \b
+To another host, with a configuration of its own for ssh:
+  $ migctl send guest.mig ssh://dst/unix:/run/dst.sock --set ssh-config=lab.conf
+
+\b
 Into another version of QEMU: would it take the guest? A machine that never ran tells.
   $ printf 'migrate "exec:cat >other.mig"\\nquit\\n' | qemu-system-x86_64 ... -S -monitor stdio
   $ migctl send guest.mig --against other.mig --dry-run
@@ -78,6 +82,7 @@ another.""",
     help="Where the destination's standard error output goes: its own words, explained.",
 )
 @commands.dialect_option
+@commands.set_option
 @commands.json_option
 def send(
     *,
@@ -90,6 +95,7 @@ def send(
     monitor: str | None,
     log_file: Path | None,
     dialect: Dialect | None,
+    settings: dict[str, str],
     as_json: bool,
 ) -> int:
     """Put the machine in FILE into the destination that listens at URI.
@@ -105,7 +111,7 @@ def send(
 
     if uri is None and not dry_run:
         raise click.UsageError("URI is missing: where the destination listens (or --dry-run)")
-    other = _other(against) if against is not None else None
+    other = _other(against, settings) if against is not None else None
     if dry_run:
         return _try(file, load(file, dialect=dialect), other, as_json)
     assert uri is not None
@@ -125,6 +131,7 @@ def send(
             against=other,
             monitor=monitor,
             log_file=log_file,
+            settings=settings,
             progress=progress,
         )
     if done.comparison is not None:
@@ -154,13 +161,13 @@ def send(
     return 0
 
 
-def _other(against: str) -> Guest:
+def _other(against: str, settings: dict[str, str]) -> Guest:
     """The guest to compare with. A file of that name comes before a URI."""
     from whimbrel_qemu.sending import load, sample
 
     if Path(against).exists() or ":" not in against:
         return load(against)
-    return sample(against)
+    return sample(against, settings=settings)
 
 
 def _try(file: Path, guest: Guest, other: Guest | None, as_json: bool) -> int:

@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import attrs
 
@@ -35,6 +36,7 @@ from whimbrel.wire.format import Dialect, GlobalStateForm
 from whimbrel_qemu.comparing import Comparison, compare
 from whimbrel_qemu.guest import STANDS_STILL, Guest, explain, read_guest
 from whimbrel_qemu.milestones import RAM, Milestones
+from whimbrel_qemu.options import SENDING, set_those
 from whimbrel_qemu.progress import Progress
 from whimbrel_qemu.refusal import Evidence, refused
 from whimbrel_qemu.rest import FileRest
@@ -121,12 +123,15 @@ def _wait(run: Outgoing) -> Result:
         raise
 
 
-def sample(uri: str, *, plugins: Plugins | None = None) -> Guest:
+def sample(
+    uri: str, *, settings: Mapping[str, Any] | None = None, plugins: Plugins | None = None
+) -> Guest:
     """A machine to compare with, from a source that sends it to uri (`exec:cat other.mig`, `unix:PATH`); none is kept.
 
-    The source gets no answers, so that it must not ask for any. Raises as receive() does.
+    The source gets no answers, so that it must not ask for any. settings: as for send(). Raises as receive() does.
     """
     kernel = Kernel(plugins=plugins)
+    set_those(kernel, settings, SENDING)
     context = kernel.context(Role.DESTINATION)
     with kernel.route(uri).listen(context) as listener, listener.accept() as channel:
         return read_guest(InStream(channel), on_command=check_precopy)
@@ -157,6 +162,7 @@ def send(
     against: Guest | None = None,
     monitor: str | None = None,
     log_file: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
     plugins: Plugins | None = None,
     named_fds: Mapping[str, int] | None = None,
     progress: Progress | None = None,
@@ -166,7 +172,8 @@ def send(
     return_path: ask the destination for an answer, where the transport has a way back: then it says as well up to which
     section it got. max_bandwidth in bytes per second, 0 is unlimited. dialect: the form of the stream in the file; None:
     it shows. against: a guest of a QEMU like the destination; what that would refuse is not sent. monitor, log_file:
-    where the destination can be heard, QMP (PATH or HOST:PORT) and its standard error output. named_fds: descriptors
+    where the destination can be heard, QMP (PATH or HOST:PORT) and its standard error output. settings: of transports and
+    filters, commit-timeout, and multifd with its own, as the destination has them. named_fds: descriptors
     for fd:NAME.
 
     Raises as load() and Kernel.migrate(), Incompatible, Refused with the reason, and what else the migration ended with
@@ -181,6 +188,12 @@ def send(
     milestones = Milestones(guest.rest.section if guest.rest is not None else RAM)
     kernel = Kernel(guest.machine(milestones), dialect=_dialect(guest), plugins=plugins)
     kernel.named_fds.update(named_fds or {})
+    set_those(kernel, settings, SENDING)
+    if guest.rest is not None and kernel.settings.get("multifd"):
+        raise LocalError(
+            "the stream was kept as it came, RAM included: it goes over one channel",
+            hint="Send it without multifd",
+        )
     kernel.settings.update(
         {
             "return-path": return_path,
@@ -236,11 +249,12 @@ def _gave_up(error: MigrationError) -> bool:
 
 def _dialect(guest: Guest) -> Dialect:
     """What the destination expects. The kept machine brings its own globalstate; a stream that was not taken apart brings
-    its commands, too.
+    its commands, too. What a stream does not show is that of its machine type.
     """
-    expected = dialects.for_machine(guest.machine_type or "").switchover_start
+    unseen = dialects.for_machine(guest.machine_type or "")
     return attrs.evolve(
         guest.dialect,
         globalstate=GlobalStateForm.NEVER,
-        switchover_start=expected and guest.rest is None,
+        switchover_start=unseen.switchover_start and guest.rest is None,
+        multifd_flush=unseen.multifd_flush,
     )

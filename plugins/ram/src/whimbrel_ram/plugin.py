@@ -264,14 +264,10 @@ def _page_transport(kernel: Kernel, channel: Channel) -> PageTransport | None:
 def _multifd(kernel: Kernel) -> PageTransport:
     from whimbrel_ram.multifd.pages import MultifdPages, Options
 
-    settings, machine = kernel.settings, kernel.machine
-    method = str(settings["multifd-compression"])
-    options = Options(
+    machine = kernel.machine
+    options = Options.of(
+        kernel.settings,
         page_size=1 << machine.target_page_bits,
-        channels=settings["multifd-channels"],
-        method=method,
-        level=settings[f"multifd-{method}-level"] if method != "none" else 0,
-        zero_pages=settings["zero-page-detection"],
         flush_records=kernel.dialect.multifd_flush,
         uuid=machine.uuid,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import attrs
@@ -43,7 +43,29 @@ class Options:
     zero_pages: str = "legacy"
     #: Markers of their own in the main channel (machine types since 8.1); else each EOS is one.
     flush_records: bool = False
+    #: Of the machine; wire.ANY_UUID on a side that takes whatever comes.
     uuid: bytes | None = None
+
+    @classmethod
+    def of(
+        cls,
+        settings: Mapping[str, Any] | Any,
+        *,
+        page_size: int,
+        flush_records: bool,
+        uuid: bytes | None,
+    ) -> Options:
+        """With what a kernel's settings say of multifd."""
+        method = str(settings["multifd-compression"])
+        return cls(
+            page_size=page_size,
+            channels=settings["multifd-channels"],
+            method=method,
+            level=settings[f"multifd-{method}-level"] if method != "none" else 0,
+            zero_pages=settings["zero-page-detection"],
+            flush_records=flush_records,
+            uuid=uuid,
+        )
 
 
 def _open(main: Channel, index: int) -> Channel:

@@ -35,6 +35,8 @@ DEVICE_STATE = 0x40
 PACKET = 512 << 10
 _INIT = struct.Struct(">II16sB39x")
 INIT_SIZE = _INIT.size
+#: Of a destination that does not know which machine will come.
+ANY_UUID = b""
 _HEAD = struct.Struct(">IIIIIIQI28x256s")
 #: Packed data may be a little larger than what is in it, and never much.
 _MOST_PACKED = PACKET + PACKET // 2
@@ -62,7 +64,7 @@ def decode_init(data: bytes | memoryview, uuid: bytes | None, count: int) -> int
             f"{MAGIC:#x}, version {VERSION}",
             f"{magic:#x}, version {version}",
         )
-    if sent != (uuid or bytes(16)):
+    if uuid != ANY_UUID and sent != (uuid or bytes(16)):
         _refuse("a multifd channel of another machine", (uuid or bytes(16)).hex(), sent.hex())
     if channel >= count:
         _refuse(

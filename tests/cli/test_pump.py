@@ -131,7 +131,8 @@ def test_a_link_that_is_lost_while_the_machine_runs_is_an_end(make, way_back):
     if way_back:
         ends.passes(encode_pong(1), back=True)
     ends.peer.close()
-    ends.machine.sendall(b"more")
+    with contextlib.suppress(BrokenPipeError):  # the pump may have seen the end first
+        ends.machine.sendall(b"more")
     assert ends.machine.recv(1) == b""
     assert ends.result().state is State.FAILED
     assert not ends.unknown

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from whimbrel import Kernel, Machine
+from whimbrel import Kernel, Machine, MigrationError
 from whimbrel.savevm import SaveVMHandler, TailTaken
+from whimbrel_qemu import receive
 from whimbrel_ram import RAMBlock, RamHandler
 from whimbrel_ram.plugin import _page_transport
 from whimbrel_testing.peers import Qemu, QemuFactory
@@ -178,20 +179,26 @@ def test_a_guest_becomes_a_file_and_runs_on_over_several_channels(
     assert after.read_bytes() == before.read_bytes()
 
 
-def test_a_channel_that_does_not_come_is_told_and_nothing_is_kept(
-    qemu: QemuFactory,
-    migctl: Callable[..., Any],
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("here", "said"),
+    [(CHANNELS - 1, "multifd channel"), (CHANNELS + 1, "3 of 4 multifd channels came")],
+    ids=["fewer", "more"],
+)
+def test_another_number_of_channels_is_told_and_nothing_is_kept(
+    qemu: QemuFactory, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, here: int, said: str
 ) -> None:
+    monkeypatch.setattr("whimbrel_ram.multifd.receiving.PATIENCE", 2.0)
     guest = FilledGuest(size=16 * MIB)
     guest.fill(tmp_path / "before", seed=7)
     source = qemu(*guest.args(tmp_path / "before"), version="10.0")
     switch(source, "none")
-    receiver = migctl(
-        *("receive", "tcp:127.0.0.1:0", tmp_path / "guest.mig", "--set", "multifd=on"),
-        *("--set", f"multifd-channels={CHANNELS + 1}"),
-    )
-    source.migrate(receiver.address(), max_bandwidth=1 << 40)
-    assert "3 of 4 multifd channels came" in receiver.failed()
+    settings = {"multifd": "on", "multifd-channels": here}
+    with pytest.raises(MigrationError, match=said):
+        receive(
+            "tcp:127.0.0.1:0",
+            tmp_path / "guest.mig",
+            settings=settings,
+            on_listening=lambda uris: source.migrate(uris[0], max_bandwidth=1 << 40),
+        )
     source.wait_migration("failed")
     assert not list(tmp_path.glob("guest.mig*"))

@@ -167,18 +167,19 @@ class MultifdPages(StreamPages):
             empty = some[is_zero]
             normal = some[~is_zero] if len(empty) else some
             # Zero pages are cheap to look at: more of them at once.
-            look = min(2 * look, 8 * self._most) if not len(normal) else self._most
+            look = min(2 * look, 8 * self._most) if len(empty) == len(some) else self._most
             if len(empty) and legacy:
                 for buffer in self._encoder.zeros(idstr, empty):
                     out.write(buffer)
             else:
                 for i in range(0, len(empty), self._most):
                     senders.put(Job(idstr=idstr, zero=empty[i : i + self._most]))
-            step = self._step(out)
-            for i in range(0, len(normal), step):  # few, where many were zero
+            while len(normal):  # few, where many were zero
                 self._account(out)
-                out.wait_for_turn(senders.waiting)
-                senders.put(Job(idstr=idstr, words=block.words, normal=normal[i : i + step]))
+                out.wait_for_turn()
+                step = self._step(out)
+                senders.put(Job(idstr=idstr, words=block.words, normal=normal[:step]))
+                normal = normal[step:]
             self._account(out)
             done += len(some)
             zero += len(empty)

@@ -107,8 +107,10 @@ def test_bytes_past_the_stream_count(monkeypatch):
     world.out.account(500_000)
     world.out.wait_for_turn()
     assert world.now - world.start == pytest.approx(0.5)
-    world.out.wait_for_turn(ahead=100_000)
+    world.out.account(300_000, paid=200_000)
+    world.out.wait_for_turn()
     assert world.now - world.start == pytest.approx(0.6)
+    assert world.out.position == 800_000
 
 
 @pytest.mark.parametrize(("old", "new"), [(1_000, 100_000_000), (1_000_000_000, 10_000_000)])

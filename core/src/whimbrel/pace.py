@@ -58,15 +58,12 @@ class Pace:
         if rate:
             self._due = max(self._due, time.monotonic() - CREDIT) + n / rate
 
-    def wait(self, ahead: int = 0) -> None:
-        """Before a write: until its time has come, where that is further away than a slice. ahead: bytes that somebody
-        else has still to write, and which are not charged yet.
-        """
+    def wait(self) -> None:
+        """Before a write: until its time has come, where that is further away than a slice."""
         within = SLICE
-        while rate := self.rate:
-            rest = self._due + ahead / rate - time.monotonic()
+        while self.rate:
+            rest = self._due - time.monotonic()
             if rest <= within or self._pause(min(rest, SLICE)):
                 return
-            within = (
-                0.0  # once it waits, it waits for all: a hundred short sleeps cost more than one
-            )
+            # Once it waits, it waits for all: a hundred short sleeps cost more than one.
+            within = 0.0

@@ -131,18 +131,18 @@ class OutStream(_Latched):
         self.flush()
         yield self.channel.raw_fd("write")
 
-    def account(self, n: int) -> None:
-        """Bytes were written, some of them past this stream: they count for position and pace."""
+    def account(self, n: int, *, paid: int = 0) -> None:
+        """Bytes were written, some of them past this stream: they count for position and pace. paid: those of them that
+        were on their way when the limit was another.
+        """
         self._sent += n
         if self.pace is not None:
-            self.pace.charge(n)
+            self.pace.charge(n - paid)
 
-    def wait_for_turn(self, ahead: int = 0) -> None:
-        """Before bytes are written past this stream, until the pace allows it. ahead: those that others have still to
-        write.
-        """
+    def wait_for_turn(self) -> None:
+        """Before bytes are written past this stream, until the pace allows it."""
         if self.pace is not None:
-            self.pace.wait(ahead)
+            self.pace.wait()
 
     # ---- what went out lately
 

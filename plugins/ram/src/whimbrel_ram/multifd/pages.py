@@ -92,7 +92,10 @@ class MultifdPages(StreamPages):
         self._senders: Senders | None = None
         self._receivers: Receivers | None = None
         self._find: Callable[[str], Target | None] = lambda _: None
-        self._accounted = 0
+        # What has been accounted for, in bytes and in jobs; and how many jobs had been queued when the limit became this one:
+        # they owe it nothing.
+        self._accounted = self._done = 0
+        self._rate = self._before = 0
 
     # ---- source
 
@@ -127,9 +130,13 @@ class MultifdPages(StreamPages):
             out.flush()
 
     def _account(self, out: OutStream) -> None:
-        sent = self._open().sent
-        out.account(sent - self._accounted)
-        self._accounted = sent
+        senders = self._open()
+        done, sent, rate = senders.done, senders.sent, 0 if out.pace is None else out.pace.rate
+        if rate != self._rate:
+            self._rate, self._before = rate, senders.queued
+        new = sent - self._accounted
+        out.account(new, paid=new if self._done < self._before else 0)
+        self._done, self._accounted = done, sent
 
     def round_begin(self, out: OutStream, phase: Phase) -> None:
         out.flush()  # the last marker, without which nobody reads what is sent now

@@ -66,6 +66,8 @@ class Senders:
         self._sent = 0
         #: Bytes of pages that were put in and have not been sent.
         self.waiting = 0
+        #: Jobs that were ever put in, and those that have been sent.
+        self.queued = self.done = 0
         for number, channel in enumerate(channels):
             channel.send([wire.encode_init(uuid, number)])
         self._threads = [
@@ -136,6 +138,7 @@ class Senders:
 
     def _put(self, index: int, job: Job) -> None:
         self._queues[index].append(job)
+        self.queued += 1
         self.waiting += len(job.normal) * self._page_size
         self._changed.notify_all()
 
@@ -155,6 +158,7 @@ class Senders:
                 with self._changed:
                     self._busy[index] = False
                     self._sent += size
+                    self.done += 1
                     self.waiting -= len(job.normal) * self._page_size
                     self._changed.notify_all()
         except BaseException as error:

@@ -75,6 +75,24 @@ def test_a_qemu_takes_ours(
 
 
 @pytest.mark.slow
+def test_a_qemu_that_can_answers(qemu: QemuFactory, tmp_path: Path, uri: str) -> None:
+    """From 8.0 on it takes the second connection."""
+    here, there = tmp_path / "ours", tmp_path / "theirs"
+    GUEST.fill(here, seed=3)
+    target = qemu(
+        *GUEST.args(there, MACHINE),
+        version="10.0",
+        incoming=uri,
+        capabilities={"return_path": True},
+    )
+    kernel = prepared(here, False)
+    assert kernel.migrate(uri).wait(60).acknowledged
+    target.wait_migration("completed")
+    target.kill()
+    assert there.read_bytes() == here.read_bytes()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("pin_all", [False, True])
 def test_a_qemu_is_killed_while_it_takes_ours(
     qemu: QemuFactory, tmp_path: Path, uri: str, pin_all: bool

@@ -19,7 +19,8 @@ from whimbrel_rdma.protocol import PIN_ALL, decode_private, encode_private
 
 if TYPE_CHECKING:
     from whimbrel_rdma.channel import RdmaChannel
-    from whimbrel_rdma.verbs import Connection, Events
+    from whimbrel_rdma.cm import Events
+    from whimbrel_rdma.verbs import Connection
 
 log = logging.getLogger("whimbrel.rdma")
 
@@ -62,7 +63,9 @@ class RdmaTransport(Transport):
                 connection,
                 role=Role.SOURCE,
                 pin_all=wanted and bool(flags & PIN_ALL),
-                way_back=lambda host=host: _way_back(name, host, address.port, wanted),  # type: ignore[misc]
+                way_back=lambda host=host: _way_back(
+                    name, host, address.port, wanted, ctx.cancel_fd
+                ),  # type: ignore[misc]
             )
         assert failure is not None
         raise failure
@@ -114,7 +117,8 @@ def _connect(
     """A connection and the flags that the other side has agreed to."""
     from pyverbs.cmid import AddrInfo
 
-    from whimbrel_rdma.verbs import CmError, Connection, Events, ce, translated
+    from whimbrel_rdma.cm import CmError, Events, ce, translated
+    from whimbrel_rdma.verbs import Connection
 
     events = Events()
     connection: Connection | None = None
@@ -154,11 +158,15 @@ def _connect(
         raise
 
 
-def _way_back(name: str, host: str, port: int, pin_all: bool) -> RdmaChannel | None:
-    """A second connection, for the destination's answers; None where it takes no other."""
+def _way_back(
+    name: str, host: str, port: int, pin_all: bool, cancel_fd: int | None
+) -> RdmaChannel | None:
+    """A second connection, for the destination's answers; None where it takes no other. Raises Cancelled."""
     from whimbrel_rdma.channel import RdmaChannel
 
-    ctx = TransportContext(role=Role.SOURCE, deadline=time.monotonic() + _WAY_BACK)
+    ctx = TransportContext(
+        role=Role.SOURCE, deadline=time.monotonic() + _WAY_BACK, cancel_fd=cancel_fd
+    )
     try:
         connection, _ = _connect(f"{name} (answers)", host, port, pin_all, ctx)
     except (ChannelError, StreamError) as error:
@@ -173,7 +181,7 @@ class RdmaListener(Listener):
     """Of a destination. The connection for the answers is accepted while the first one is read."""
 
     def __init__(self, address: RdmaAddress, host: str, ctx: TransportContext) -> None:
-        from whimbrel_rdma.verbs import Events
+        from whimbrel_rdma.cm import Events
 
         self.addresses = (f"rdma:{address}",)
         self._name = f"rdma:{address}"

@@ -1,40 +1,38 @@
-"""One reliable connection over real verbs: CM events, sends and receives of messages, writes, and their completions.
+"""One reliable connection over real verbs: sends and receives of messages, writes, and their completions.
 
-The asynchronous CM with a queue pair of our own. pyverbs holds the GIL in calls that wait, so none ever does: its
-descriptors are non-blocking and polled here, beside the one by which abort() wakes us.
+The asynchronous CM (see cm) with a queue pair of our own. The completion channel is polled here, beside the CM's events
+and the descriptor by which abort() wakes us.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import ctypes
 import errno
 import mmap
-import os
 import select
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import attrs
-from pyverbs.cmid import CMID, AddrInfo, CMEvent, CMEventChannel, ConnParam
+from pyverbs.cmid import CMID, ConnParam
 from pyverbs.cq import CQ, CompChannel
 from pyverbs.mr import MR
 from pyverbs.pyverbs_error import PyverbsError, PyverbsRDMAError
 from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr
 from pyverbs.wr import SGE, RecvWR, SendWR
 
-from whimbrel.errors import ChannelError, EndOfStream, LocalError, MigrationError
-from whimbrel.waiting import Gate, wait_any, wait_fd
+from whimbrel.errors import ChannelError, EndOfStream, MigrationError
+from whimbrel.waiting import Gate, wait_any
+from whimbrel_rdma.cm import Events, ce, translated, with_fd
 from whimbrel_rdma.protocol import HEADER, MAX_DATA
 
 try:
-    from pyverbs import cm_enums, enums
+    from pyverbs import enums as e
 except ImportError:  # renamed after rdma-core 44
-    from pyverbs import libibverbs_enums as enums, librdmacm_enums as cm_enums
-ce, e = cm_enums, enums
+    from pyverbs import libibverbs_enums as e
 
 #: Receives that are posted at any time; the protocol needs two (a reply, and the READY behind it).
 RECEIVES = 4
@@ -42,162 +40,16 @@ _SLOT = HEADER + MAX_DATA
 #: Writes that are on their way at any time.
 WINDOW = 64
 _SEND, _WRITE = 1 << 20, 1 << 21  # wr_id; below: the slot of a receive
+#: Retries of what the peer has no receive for: until it has.
+_FOR_EVER = 7
 #: Seconds after a flushed completion in which the CM says that the peer has left.
 _REASON = 1.0
 #: Seconds that an orderly end waits for what was sent last.
 _LAST_WORDS = 2.0
 
-_opening = threading.Lock()
-
-
-def _with_fd(make: Callable[[], Any], marker: str) -> tuple[Any, int]:
-    """make() and the descriptor that it opened, now non-blocking: pyverbs does not tell it."""
-
-    def fds() -> set[int]:
-        found = set()
-        for name in os.listdir("/proc/self/fd"):
-            with contextlib.suppress(OSError):
-                if marker in os.readlink(f"/proc/self/fd/{name}"):
-                    found.add(int(name))
-        return found
-
-    with _opening:
-        before = fds()
-        made = make()
-        new = fds() - before
-    if len(new) != 1:
-        raise LocalError(
-            "the descriptor of an RDMA event channel cannot be told", expected=1, found=len(new)
-        )
-    (fd,) = new
-    os.set_blocking(fd, False)
-    return made, fd
-
 
 def address_of(buffer: Any) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-
-
-@contextlib.contextmanager
-def translated(doing: str, hint: str | None = None) -> Iterator[None]:
-    """Errors of pyverbs as ChannelErrors that say what was being done."""
-    try:
-        yield
-    except (PyverbsError, OSError) as error:
-        code = getattr(error, "error_code", None) or getattr(error, "errno", None)
-        why = os.strerror(code) if code else str(error)
-        raise ChannelError(f"cannot {doing}: {why}", hint=hint) from error
-
-
-class Events:
-    """A CM event channel. The connections that a listener accepted share its channel with it."""
-
-    def __init__(self) -> None:
-        with translated("open an RDMA event channel"):
-            self._channel, self.fd = _with_fd(CMEventChannel, "rdma_cm")
-        self._users = 1
-        self._listening: CMID | None = None
-        #: Connections that wait to be accepted.
-        self.requests: collections.deque[CMEvent] = collections.deque()
-        #: A peer has left.
-        self.disconnected = False
-        self._lock = threading.Lock()
-
-    def cmid(self) -> CMID:
-        with translated("make an RDMA connection"):
-            return CMID(creator=self._channel, port_space=ce.RDMA_PS_TCP)
-
-    def listen(self, host: str, port: int, backlog: int) -> None:
-        self._listening = self.cmid()
-        with translated(
-            f"listen on {host} port {port} by RDMA",
-            "Give an address of an interface with an RDMA device (rdma link), and a port that is free",
-        ):
-            where = AddrInfo(
-                src=host,
-                src_service=str(port),
-                port_space=ce.RDMA_PS_TCP,
-                flags=ce.RAI_PASSIVE,
-            )
-            self._listening.bind_addr(where)
-            self._listening.listen(backlog)
-
-    def next_request(self) -> tuple[CMID, bytes]:
-        """The first of the requests as a connection to be, and its private data."""
-        event = self.requests.popleft()
-        private = bytes(event.private_data)
-        with translated("accept an RDMA connection"):
-            child = CMID(creator=event, listen_id=self._listening)
-            event.close()
-        return child, private
-
-    def turn_away(self) -> None:
-        """Refuse whoever waits to be accepted."""
-        while self.requests:
-            with contextlib.suppress(PyverbsError, MigrationError):
-                self.next_request()[0].close()
-
-    def share(self) -> Events:
-        self._users += 1
-        return self
-
-    def take(self) -> CMEvent | None:
-        """The next event, None where there is none yet. Requests and disconnects are noted here and not returned."""
-        with self._lock:
-            while True:
-                poll = select.poll()
-                poll.register(self.fd, select.POLLIN)
-                if not poll.poll(0):
-                    return None
-                try:
-                    event = CMEvent(self._channel)
-                except PyverbsRDMAError as error:
-                    if error.error_code in (errno.EAGAIN, None):
-                        return None
-                    raise
-                if event.event_type == ce.RDMA_CM_EVENT_CONNECT_REQUEST:
-                    self.requests.append(event)
-                    return None
-                if event.event_type == ce.RDMA_CM_EVENT_DISCONNECTED:
-                    self.disconnected = True
-                elif event.event_type != ce.RDMA_CM_EVENT_TIMEWAIT_EXIT:
-                    return event
-                event.close()
-
-    def expect(
-        self, kind: int, *, deadline: float | None, cancel_fd: int | None, what: str
-    ) -> CMEvent:
-        """Wait for that event. Raises ChannelError for another, DeadlineExceeded, Cancelled."""
-        while True:
-            event = self.take()
-            if event is not None:
-                if event.event_type == kind:
-                    return event
-                said = event.event_str().removeprefix("RDMA_CM_EVENT_")
-                event.close()
-                raise CmError(f"{what} failed: {said}", said)
-            if self.disconnected:
-                raise EndOfStream(f"{what} failed: the other side has left")
-            wait_fd(self.fd, select.POLLIN, deadline=deadline, cancel_fd=cancel_fd, what=what)
-
-    def close(self) -> None:
-        self._users -= 1
-        if self._users:
-            return
-        self.turn_away()
-        # Not before: what was accepted uses its protection domain.
-        with contextlib.suppress(PyverbsError):
-            if self._listening is not None:
-                self._listening.close()
-            self._channel.close()
-
-
-class CmError(ChannelError):
-    """`event` is the CM's word for what happened: REJECTED, UNREACHABLE, ..."""
-
-    def __init__(self, message: str, event: str) -> None:
-        super().__init__(message)
-        self.event = event
 
 
 @attrs.define
@@ -227,7 +79,6 @@ class Connection:
         self.failed = False
         self._events, self._id = events, cmid
         self._sending = 0
-        self._slot = 0
         self._lock = threading.RLock()
         self._closing: list[Any] = []
         try:
@@ -241,7 +92,7 @@ class Connection:
     def _make(self) -> None:
         cmid = self._id
         self._pd, context = cmid.pd, cmid.context
-        self._comp, self._comp_fd = _with_fd(lambda: CompChannel(context), "infinibandevent")
+        self._comp, self._comp_fd = with_fd(lambda: CompChannel(context), "infinibandevent")
         self._closing.append(self._comp)
         self._cq = CQ(context, 2 * (WINDOW + RECEIVES) + 8, None, self._comp, 0)
         self._closing.append(self._cq)
@@ -265,6 +116,10 @@ class Connection:
     def _to(self, *states: int) -> None:
         for state in states:
             attributes, mask = self._id.init_qp_attr(state)
+            if state == e.IBV_QPS_RTS:
+                attributes.rnr_retry = (
+                    _FOR_EVER  # a QEMU that accepts says 0, and posts its first receive later
+                )
             self._qp.modify(attributes, mask)
 
     # ---- connecting
@@ -275,7 +130,7 @@ class Connection:
             resources=1,
             depth=1,
             retry=5,
-            rnr_retry=7,
+            rnr_retry=_FOR_EVER,
             data_len=len(private),
         )
         parameters.set_private_data(private)

@@ -86,7 +86,7 @@ def test_it_counts_on(
 
 
 @pytest.mark.slow
-def test_a_qemu_before_8_0_opens_no_way_back(qemu: QemuFactory, tmp_path: Path, uri: str) -> None:
+def test_a_qemu_7_2_opens_no_way_back(qemu: QemuFactory, tmp_path: Path, uri: str) -> None:
     """Its capability return-path breaks its migrations over RDMA to another QEMU as well."""
     guest = counting_guest(tmp_path, pages=64, pages_per_tick=1, hz=50)
     logs = tmp_path / "ours.log", tmp_path / "theirs.log"

@@ -76,7 +76,7 @@ def test_a_qemu_takes_ours(
 
 @pytest.mark.slow
 def test_a_qemu_that_can_answers(qemu: QemuFactory, tmp_path: Path, uri: str) -> None:
-    """From 8.0 on it takes the second connection."""
+    """10.0 takes the second connection."""
     here, there = tmp_path / "ours", tmp_path / "theirs"
     GUEST.fill(here, seed=3)
     target = qemu(

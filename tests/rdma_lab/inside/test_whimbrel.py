@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +15,15 @@ import pytest
 from whimbrel import Cancelled, Kernel, Machine, MigrationError, Role, RunState, Status
 from whimbrel.channel import TransportContext
 from whimbrel_ram import RAMBlock
+from whimbrel_rdma.limits import OWN_USE
 from whimbrel_rdma.link import Link
 from whimbrel_rdma.protocol import Kind
 from whimbrel_rdma.transport import RdmaTransport
+from whimbrel_testing.harness import Pair
 from whimbrel_testing.peers import wait_until
+from whimbrel_testing.stress import StressConfig
+
+from . import mortal
 
 MIB = 1 << 20
 SIZES = {"ram": 24 * MIB, "odd": MIB + 4096, "tiny": 4096}
@@ -99,7 +107,6 @@ def test_old_chunks_are_given_up_where_no_more_may_be_pinned(
     two: Callable[..., Two], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr("whimbrel_rdma.sending.pin_limit", lambda: 3 * MIB)
-    monkeypatch.setattr("whimbrel_rdma.sending._STEP", 2 * MIB)
     asked: list[Kind] = []
     ask = Link.ask
     monkeypatch.setattr(
@@ -114,6 +121,37 @@ def test_old_chunks_are_given_up_where_no_more_may_be_pinned(
     pair.check_equal()
     given_up = asked.count(Kind.UNREGISTER_REQUEST)
     assert 0 <= pair.source.query()["x-rdma"]["registrations"] - given_up <= 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("obeyed", [True, False])
+def test_a_source_keeps_to_what_the_kernel_lets_it_pin(uri: str, obeyed: bool):
+    """2 MiB of its 8 at a time, beside its own buffers; one that does not look is refused by the kernel."""
+    kernel = mortal.prepared("destination")
+    incoming = kernel.incoming(uri, autostart=False)
+    code = f"import sys; sys.path.insert(0, {str(Path(mortal.__file__).parent)!r}); import mortal;"
+    if not obeyed:
+        code += "import whimbrel_rdma.sending as s; s.pin_limit = lambda: None;"
+    subprocess.run(
+        [
+            *("setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"),
+            *("prlimit", f"--memlock={OWN_USE + 2 * MIB}"),
+            *(sys.executable, "-c", code + "mortal.main()"),
+        ],
+        input=f"source\t{uri}\t-\tSIGKILL\n",
+        stdout=subprocess.PIPE,  # its end is that of the source
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    if not obeyed:
+        with pytest.raises(MigrationError):
+            incoming.wait(30)
+        return
+    incoming.wait(30)
+    (theirs,) = kernel.machine.parts(RAMBlock)
+    (ours,) = mortal.prepared("source").machine.parts(RAMBlock)
+    assert np.array_equal(ours.view, theirs.view)
 
 
 def test_a_machine_that_writes_meanwhile(two: Callable[..., Two]):
@@ -140,6 +178,28 @@ def test_a_machine_that_writes_meanwhile(two: Callable[..., Two]):
         ended.set()
         thread.join()
     pair.check_equal()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pin_all", [False, True])
+def test_a_machine_under_stress_moves_and_runs_on(uri: str, pin_all: bool):
+    """From process to process, while it writes faster than it may be sent: no write of it is lost."""
+    config = StressConfig(ram=4 * MIB, rate=3e6)
+    with Pair(config, settings={"max-bandwidth": 2 * MIB, "rdma-pin-all": pin_all}) as pair:
+        pair.source.call("boot")
+        pair.destination.call("incoming", uri=uri)
+        pair.source.call("migrate", uri=uri)
+        wait_until(
+            lambda: pair.source.call("query").get("ram", {}).get("dirty-sync-count", 0) > 3,
+            "three passes",
+        )
+        pair.source.call("set", **{"max-bandwidth": 0, "downtime-limit": 5000})
+        assert pair.source.call("wait")["acknowledged"]
+        pair.destination.call("ticked")
+        proof = pair.destination.call("verify")
+        assert proof["holds"], proof["text"]
+        assert pair.running() == ["destination"]
+        assert pair.violations() == []
 
 
 def test_cancelled_on_the_source(two: Callable[..., Two]):

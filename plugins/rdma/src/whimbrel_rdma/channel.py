@@ -19,6 +19,8 @@ T = TypeVar("T")
 class RdmaChannel(Channel):
     """One connection. The stream goes one way; the way back is a connection of its own, where the peer has one.
 
+    patience    seconds that each step of the destination may take while the machine stands still; None: any time
+
     recv_into() never reads ahead: behind each message may come control messages that are not of the stream.
     """
 
@@ -28,6 +30,7 @@ class RdmaChannel(Channel):
         *,
         role: Role,
         pin_all: bool = False,
+        patience: float | None = None,
         way_back: Callable[[], Channel | None] = lambda: None,
         eager: bool = False,
     ) -> None:
@@ -36,6 +39,7 @@ class RdmaChannel(Channel):
         self.link = Link(connection)
         self.role = role
         self.pin_all = pin_all
+        self.patience = patience
         self._open_way_back = way_back
         self._way_back: Channel | None = None
         self._eager = eager

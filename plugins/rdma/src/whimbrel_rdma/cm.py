@@ -22,9 +22,10 @@ from whimbrel.errors import ChannelError, EndOfStream, LocalError, MigrationErro
 from whimbrel.waiting import wait_fd
 
 try:
-    from pyverbs import cm_enums as ce
+    from pyverbs import cm_enums
 except ImportError:  # renamed after rdma-core 44
-    from pyverbs import librdmacm_enums as ce
+    from pyverbs import librdmacm_enums as cm_enums
+ce = cm_enums
 
 _opening = threading.Lock()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import time
 from typing import TYPE_CHECKING
 
 from whimbrel.errors import PeerError, StreamError
@@ -15,11 +16,13 @@ _READY = Message(Kind.READY).encode()
 
 
 class Link:
-    """Of one connection. Methods raise ChannelError, StreamError for what breaks the order, PeerError for ERROR."""
+    """Of one connection. Methods raise ChannelError, DeadlineExceeded, StreamError for what breaks the order, PeerError for ERROR."""
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
         connection.received = self._take
+        #: Seconds that each step of the other side may take; None: any time.
+        self.patience: float | None = None
         self._may_send = 0  # READYs that were not used
         self._ready_said = False
         self._reply_due = False
@@ -47,7 +50,9 @@ class Link:
     def say(self, message: Message) -> None:
         """Send it, once the other side is ready."""
         self.connection.wait(
-            lambda: self._may_send > 0, None, f"the other side to be ready for {message.kind.name}"
+            lambda: self._may_send > 0,
+            self._deadline(),
+            f"the other side to be ready for {message.kind.name}",
         )
         self._may_send -= 1
         self.connection.send(message.encode())
@@ -60,7 +65,10 @@ class Link:
         """Say it, and wait for the reply."""
         self.say(message)
         self._reply_due = True
-        return self._next((answer,), None)
+        return self._next((answer,), self._deadline())
+
+    def _deadline(self) -> float | None:
+        return None if self.patience is None else time.monotonic() + self.patience
 
     def hear(self, *kinds: Kind, deadline: float | None = None) -> Message:
         """The next message, which must be of one of the kinds."""

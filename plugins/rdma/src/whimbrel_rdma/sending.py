@@ -101,6 +101,10 @@ class SendingPages(PageTransport):
         out.flush()
 
     def round_begin(self, out: OutStream, phase: Phase) -> None:
+        if (
+            phase is Phase.COMPLETE
+        ):  # the machine stands still, for a destination that may have gone silent
+            self._link.patience = self._channel.patience
         self._hook(out)
 
     def round_end(self, out: OutStream, phase: Phase) -> None:
@@ -120,6 +124,8 @@ class SendingPages(PageTransport):
             if budget.bytes is not None:
                 step = min(step, max(1, (budget.bytes - used) // page_size + 1))
             some = pages[done : done + step]
+            if self._limit is not None and not self._pin_all:
+                some = _within(some, CHUNK // page_size, max(1, self._limit // CHUNK))
             zero += self._send(self._blocks[block.index], some, out)
             done += len(some)
         return Sent(done, zero)
@@ -227,6 +233,12 @@ class SendingPages(PageTransport):
                 region.close()
             block.keys.clear()
             block.whole = None
+
+
+def _within(pages: NDArray[np.intp], a_chunk: int, chunks: int) -> NDArray[np.intp]:
+    """The first of the pages, as many as lie in that number of chunks: these are registered at the same time."""
+    first = np.flatnonzero(np.diff(pages // a_chunk, prepend=-1))
+    return pages if len(first) <= chunks else pages[: first[chunks]]
 
 
 def _runs(pages: NDArray[np.intp], gap: int) -> list[tuple[int, int]]:

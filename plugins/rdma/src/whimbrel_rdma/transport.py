@@ -63,6 +63,7 @@ class RdmaTransport(Transport):
                 connection,
                 role=Role.SOURCE,
                 pin_all=wanted and bool(flags & PIN_ALL),
+                patience=_patience(ctx),
                 way_back=lambda host=host: _way_back(
                     name, host, address.port, wanted, ctx.cancel_fd
                 ),  # type: ignore[misc]
@@ -81,6 +82,12 @@ def _check(ctx: TransportContext) -> None:
         found = refusals(ctx.settings, ctx.machine if ctx.role is Role.SOURCE else None)
         if found:
             raise SettingError(found[0])
+
+
+def _patience(ctx: TransportContext) -> float | None:
+    """Seconds for each answer of the destination at switchover."""
+    timeout = ctx.settings.get("commit-timeout") if ctx.settings is not None else None
+    return None if timeout is None else timeout / 1000
 
 
 def _look_up(address: RdmaAddress, ctx: TransportContext, flags: int) -> list[str]:

@@ -24,7 +24,7 @@ from pyverbs.pyverbs_error import PyverbsError, PyverbsRDMAError
 from pyverbs.qp import QP, QPAttr, QPCap, QPInitAttr
 from pyverbs.wr import SGE, RecvWR, SendWR
 
-from whimbrel.errors import ChannelError, EndOfStream, MigrationError
+from whimbrel.errors import ChannelError, DeadlineExceeded, EndOfStream, MigrationError
 from whimbrel.waiting import Gate, wait_any
 from whimbrel_rdma.cm import Events, ce, translated, with_fd
 from whimbrel_rdma.protocol import HEADER, MAX_DATA
@@ -39,7 +39,9 @@ RECEIVES = 4
 _SLOT = HEADER + MAX_DATA
 #: Writes that are on their way at any time.
 WINDOW = 64
-_SEND, _WRITE = 1 << 20, 1 << 21  # wr_id; below: the slot of a receive
+_SEND, _WRITE, _PROBE = 1 << 20, 1 << 21, 1 << 22  # wr_id; below: the slot of a receive
+#: Seconds in which nothing comes, after which the peer's device is asked whether it is there.
+_QUIET = 10.0
 #: Retries of what the peer has no receive for: until it has.
 _FOR_EVER = 7
 #: Seconds after a flushed completion in which the CM says that the peer has left.
@@ -79,6 +81,7 @@ class Connection:
         self.failed = False
         self._events, self._id = events, cmid
         self._sending = 0
+        self._active = self._probing = False
         self._lock = threading.RLock()
         self._closing: list[Any] = []
         try:
@@ -138,6 +141,7 @@ class Connection:
 
     def connect(self, private: bytes, deadline: float | None, cancel_fd: int | None) -> bytes:
         """On the active side, with the route resolved: the private data of the answer."""
+        self._active = True
         with translated("connect by RDMA"):
             self._id.connect(self._parameters(private))
         event = self._events.expect(
@@ -228,7 +232,9 @@ class Connection:
         self.wait(lambda: not self._sending, deadline, "the peer to take the last message")
 
     def wait(self, done: Callable[[], bool], deadline: float | None, what: str) -> None:
-        """Take what comes, until done(). Raises EndOfStream once the peer has left, DeadlineExceeded."""
+        """Take what comes, until done(). Raises EndOfStream once the peer has left, DeadlineExceeded, and on the active
+        side ChannelError where the host of the peer, its device or the way to it has gone.
+        """
         with self._lock, self.gate.inside():
             while not done():
                 if self._take_completions():
@@ -239,17 +245,42 @@ class Connection:
                     continue
                 if self._events.disconnected:
                     raise EndOfStream(f"{self.name}: the other side has left")
-                ready = wait_any(
-                    (self._comp_fd, self._events.fd, self.gate.fd),
-                    select.POLLIN,
-                    deadline=deadline,
-                    what=what,
-                )
+                quiet = time.monotonic() + _QUIET
+                try:
+                    ready = wait_any(
+                        (self._comp_fd, self._events.fd, self.gate.fd),
+                        select.POLLIN,
+                        deadline=quiet if deadline is None else min(quiet, deadline),
+                        what=what,
+                    )
+                except DeadlineExceeded:
+                    if deadline is not None and deadline <= quiet:
+                        raise
+                    self._probe()
+                    continue
                 self.gate.check()
                 if self._comp_fd in ready:
                     self._take_notice()
                 if self._events.fd in ready:
                     self._take_event()
+
+    def _probe(self) -> None:
+        """Write nothing to nowhere: the peer's device acknowledges that, and the peer itself never hears of it.
+
+        Not from the passive side: the CM makes the queue pair of an active one, a QEMU's too, without access for writes.
+        """
+        if not self._active or self._sending or self.outstanding or self._probing:
+            return  # what is on its way tells as well
+        nothing = SendWR(
+            wr_id=_PROBE,
+            opcode=e.IBV_WR_RDMA_WRITE,
+            num_sge=1,
+            sg=[SGE(self._base, 0, self._mr.lkey)],
+            send_flags=e.IBV_SEND_SIGNALED,
+        )
+        with translated("write by RDMA"):
+            self._qp.post_send(nothing)
+        self._probing = True
 
     def _take_notice(self) -> None:
         try:
@@ -279,6 +310,8 @@ class Connection:
                 self.outstanding -= 1
             elif number == _SEND:
                 self._sending -= 1
+            elif number == _PROBE:
+                self._probing = False
             else:
                 start = number * _SLOT
                 data = bytes(self._view[start : start + completion.byte_len])
@@ -290,7 +323,9 @@ class Connection:
     def _fail(self, completion: Any) -> None:
         """Raises what a failed completion means."""
         self.failed = True
-        what = {_SEND: "a message", _WRITE: "a write"}.get(completion.wr_id, "a receive")
+        what = {_SEND: "a message", _WRITE: "a write", _PROBE: "a sign of life"}.get(
+            completion.wr_id, "a receive"
+        )
         if completion.status != e.IBV_WC_REM_ACCESS_ERR:
             deadline = time.monotonic() + _REASON
             with contextlib.suppress(MigrationError):

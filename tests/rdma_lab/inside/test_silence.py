@@ -146,8 +146,9 @@ def test_the_source_is_killed_when_it_has_handed_over(other: Start, uri: str) ->
 # ---- silent: the process is there, and does nothing
 
 
-def test_a_silent_destination_is_left_by_a_cancel(other: Start, uri: str) -> None:
-    there = other("destination", uri, "first pass", "SIGSTOP")
+@pytest.mark.parametrize("point", ["handshake", "setup", "first pass", "completion"])
+def test_a_silent_destination_is_left_by_a_cancel(other: Start, uri: str, point: str) -> None:
+    there = other("destination", uri, point, "SIGSTOP")
     kernel = mortal.prepared("source")
     migration = kernel.migrate(uri)
     there.wait_stopped()
@@ -157,14 +158,16 @@ def test_a_silent_destination_is_left_by_a_cancel(other: Start, uri: str) -> Non
     assert kernel.machine.is_running
 
 
-def test_a_silent_source_is_left_by_a_cancel(other: Start, uri: str) -> None:
+@pytest.mark.parametrize("point", ["handshake", "setup", "first pass", "completion"])
+def test_a_silent_source_is_left_by_a_cancel(other: Start, uri: str, point: str) -> None:
     kernel = mortal.prepared("destination")
     incoming = kernel.incoming(uri)
-    here = other("source", uri, "first pass", "SIGSTOP")
+    here = other("source", uri, point, "SIGSTOP")
     here.wait_stopped()
     incoming.cancel()
     with pytest.raises(Cancelled):
         incoming.wait(30)
+    assert not kernel.machine.is_running
 
 
 def test_a_machine_that_stands_still_is_not_kept_waiting(other: Start, uri: str) -> None:

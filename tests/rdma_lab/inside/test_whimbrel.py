@@ -126,7 +126,7 @@ def test_old_chunks_are_given_up_where_no_more_may_be_pinned(
 @pytest.mark.slow
 @pytest.mark.parametrize("obeyed", [True, False])
 def test_a_source_keeps_to_what_the_kernel_lets_it_pin(uri: str, obeyed: bool):
-    """2 MiB of its 8 at a time, beside its own buffers; one that does not look is refused by the kernel."""
+    """1 MiB of its RAM at a time, beside its own buffers; one that does not look is refused by the kernel."""
     kernel = mortal.prepared("destination")
     incoming = kernel.incoming(uri, autostart=False)
     code = f"import sys; sys.path.insert(0, {str(Path(mortal.__file__).parent)!r}); import mortal;"
@@ -135,7 +135,7 @@ def test_a_source_keeps_to_what_the_kernel_lets_it_pin(uri: str, obeyed: bool):
     subprocess.run(
         [
             *("setpriv", "--bounding-set=-ipc_lock", "--inh-caps=-ipc_lock"),
-            *("prlimit", f"--memlock={OWN_USE + 2 * MIB}"),
+            *("prlimit", f"--memlock={OWN_USE}"),
             *(sys.executable, "-c", code + "mortal.main()"),
         ],
         input=f"source\t{uri}\t-\tSIGKILL\n",

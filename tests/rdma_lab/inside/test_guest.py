@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from whimbrel_testing.qemu_guest import (
 )
 from whimbrel_testing.transport_suite import Task
 
-pytestmark = pytest.mark.interop
+pytestmark = [pytest.mark.interop, pytest.mark.slow]
 _places = count(1)
 
 
@@ -50,9 +51,9 @@ def passes(source: Qemu, number: int) -> None:
     ("version", "return_path", "pin_all"),
     [
         ("7.2", False, False),
-        pytest.param("7.2", False, True, marks=pytest.mark.slow),
-        pytest.param("10.0", True, False, marks=pytest.mark.slow),
-        pytest.param("10.0", True, True, marks=pytest.mark.slow),
+        ("7.2", False, True),
+        ("10.0", True, False),
+        ("10.0", True, True),
     ],
 )
 def test_it_counts_on(
@@ -85,7 +86,6 @@ def test_it_counts_on(
     check_count(before, after)
 
 
-@pytest.mark.slow
 def test_a_qemu_7_2_opens_no_way_back(qemu: QemuFactory, tmp_path: Path, uri: str) -> None:
     """Its capability return-path breaks its migrations over RDMA to another QEMU as well."""
     guest = counting_guest(tmp_path, pages=64, pages_per_tick=1, hz=50)
@@ -95,8 +95,8 @@ def test_a_qemu_7_2_opens_no_way_back(qemu: QemuFactory, tmp_path: Path, uri: st
     source.migrate(uri)
     error = receiving.error(PATIENCE)
     assert isinstance(error, MigrationError)
-    assert "wants answers" in str(error)
-    assert "Switch the capability return-path off" in str(error)
+    # It goes as soon as it has no way back; sometimes its first bytes have come by then.
+    assert re.search("wants answers.*Switch the capability return-path off|ended early", str(error))
     source.wait_migration("failed")
     wait_counting(logs[0], beyond=last_number(logs[0]))
 
@@ -110,7 +110,6 @@ def test_a_qemu_7_2_opens_no_way_back(qemu: QemuFactory, tmp_path: Path, uri: st
     wait_counting(logs[0], beyond=last_number(logs[0]))
 
 
-@pytest.mark.slow
 def test_migctl_receives(qemu: QemuFactory, tmp_path: Path, uri: str) -> None:
     guest = FilledGuest(size=16 * MIB, filled=4 * MIB)
     ram, file = tmp_path / "ram", tmp_path / "guest.mig"

@@ -39,7 +39,7 @@ class Other:
         """That of ps(1); X once it is gone."""
         try:
             stat = Path(f"/proc/{self.pid}/stat").read_text(encoding="ascii")
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             return "X"
         return stat.rpartition(")")[2].split()[0]
 

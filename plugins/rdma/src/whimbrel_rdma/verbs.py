@@ -267,7 +267,7 @@ class Connection:
     def _probe(self) -> None:
         """Write nothing to nowhere: the peer's device acknowledges that, and the peer itself never hears of it.
 
-        Not from the passive side: the CM makes the queue pair of an active one, a QEMU's too, without access for writes.
+        Not from the passive side: the CM makes the queue pair of an active one without access for writes.
         """
         if not self._active or self._sending or self.outstanding or self._probing:
             return  # what is on its way tells as well

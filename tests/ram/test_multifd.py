@@ -450,7 +450,7 @@ def test_a_channel_that_is_silent(lie):
 
 def test_a_channel_that_is_slow_is_waited_for(tmp_path, monkeypatch):
     """As long as packets come: all up to its sync may take longer than a silent channel is waited for."""
-    monkeypatch.setattr("whimbrel_ram.multifd.receiving.PATIENCE", 0.5)
+    monkeypatch.setattr("whimbrel_ram.multifd.receiving.PATIENCE", 2.0)
     there = destination()
     incoming = kernel(there).incoming(f"unix:{tmp_path}/m")
     liar = Liar(f"{tmp_path}/m", 2)
@@ -460,7 +460,7 @@ def test_a_channel_that_is_slow_is_waited_for(tmp_path, monkeypatch):
         for page in range(6):
             assert not incoming.done
             liar.packet(1, b"x" * PAGE, normal=one(page * PAGE), size=PAGE)
-            threading.Event().wait(0.2)
+            threading.Event().wait(0.4)
         liar.packet(1, flags=wire.SYNC)
         liar.sync()
         liar.end()

@@ -113,6 +113,17 @@ def call_in_thread(
     return results[0]
 
 
+_forks = 0  # of this process, or of its parent since it began
+
+
+def _forked() -> None:
+    global _forks
+    _forks += 1
+
+
+os.register_at_fork(after_in_parent=_forked, after_in_child=_forked)
+
+
 class Gate:
     """What threads are inside of while they use a channel or a listener, so that abort() and close() are safe.
 
@@ -134,6 +145,7 @@ class Gate:
         self._inside = 0
         self._changed = threading.Condition()
         self._pid = os.getpid()
+        self._forks = _forks
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
@@ -198,6 +210,8 @@ class Gate:
             self._unblock()
 
     def _signalled_by_another_process(self) -> bool:
+        if self._forks == _forks:
+            return False  # no other process has `fd`: most are asked this at every read and write, and poll() takes its time
         poll = select.poll()
         poll.register(self.fd, select.POLLIN)
         return bool(poll.poll(0))

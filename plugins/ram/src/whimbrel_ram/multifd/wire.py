@@ -11,6 +11,7 @@ come with pages: they are before it. `next`, idstr and offsets mean nothing wher
 
 from __future__ import annotations
 
+import functools
 import struct
 from typing import TYPE_CHECKING, NoReturn
 
@@ -76,6 +77,12 @@ def decode_init(data: bytes | memoryview, uuid: bytes | None, count: int) -> int
     return int(channel)
 
 
+@functools.cache
+def _ramp(page_size: int) -> NDArray[np.uint64]:
+    """The offsets of as many pages as a packet may have, from the first one on."""
+    return np.arange(pages_of(page_size), dtype=np.uint64) * np.uint64(page_size)
+
+
 @attrs.frozen(kw_only=True)
 class Packet:
     """A header. Offsets are in bytes of the block."""
@@ -95,8 +102,8 @@ class Packet:
     def run(self, page_size: int) -> int | None:
         """The first offset of the normal pages where each comes right behind the one before, as they mostly do."""
         first = self.normal[0]
-        ramp = np.arange(len(self.normal), dtype=np.uint64) * np.uint64(page_size)
-        return int(first) if ((self.normal - first) == ramp).all() else None
+        in_row = _ramp(page_size)[: len(self.normal)]
+        return int(first) if ((self.normal - first) == in_row).all() else None
 
 
 def encode(packet: Packet, page_size: int) -> bytearray:

@@ -134,7 +134,7 @@ def test_a_qemu_takes_our_deltas(
     assert figures["pages"] > 500 if cache_size == 64 * MIB else figures["pages"] > 50
     assert figures["cache-size"] == cache_size // 2
     assert figures["overflow"] > 0
-    assert figures["cache-miss"] > 0
+    assert (figures["cache-miss"] > 0) is (cache_size < 64 * MIB)
     stream.write_bytes(channel.data)
 
     destination = qemu(*guest.args(theirs), version=version, incoming=f"exec:cat {stream}")

@@ -19,14 +19,17 @@ if TYPE_CHECKING:
 
 
 _BATCH_BYTES = 512 << 10
+#: When the pages of the first round were sent, for the cache: so long ago that any other page may have their place.
+_FIRST = -1
 
 
 class XbzrlePages(StreamPages):
     """The capability xbzrle of a source.
 
-    The first round only fills the destination. Then every page that is sent is kept in the cache, if it has room, and one
-    that is there already is sent as what changed, or not at all where nothing did. What is sent is always a copy, and the
-    same copy is what the cache holds: the machine may write the page meanwhile. In the last round the cache stays as it is.
+    Every page that is sent is kept in the cache, if it has room, and one that is there already is sent as what changed, or
+    not at all where nothing did. What is sent is always a copy, and the same copy is what the cache holds: the machine may
+    write the page meanwhile. Of the first round, which sends all there is, only what is not zero is kept, and it gives way
+    to any page that is written later. In the last round the cache stays as it is.
     """
 
     def __init__(self, page_size: int, cache_size: Callable[[], int]) -> None:
@@ -77,8 +80,6 @@ class XbzrlePages(StreamPages):
     def send(
         self, block: SaveBlock, pages: NDArray[np.intp], out: OutStream, budget: Budget
     ) -> Sent:
-        if not self._round:
-            return super().send(block, pages, out, budget)
         cache = self._fit_cache()
         start = out.position
         done = zero = deltas = 0
@@ -106,9 +107,8 @@ class XbzrlePages(StreamPages):
     ) -> None:
         for buffer in self._encoder.zeros(block.block.wire_idstr, pages):
             out.write(buffer)
-        if (
-            not self._last
-        ):  # or the next delta would be taken against what the destination no longer has
+        # Or the next delta would be taken against what the destination no longer has.
+        if self._round and not self._last:
             cache.put(self._base[block.index] + pages, 0, self._round)
 
     def _send_others(
@@ -137,7 +137,9 @@ class XbzrlePages(StreamPages):
         if plain.any():
             out.write_all(encoder.copies(idstr, rows[plain], pages[plain]))
         if not self._last:
-            cache.put(number, rows, self._round)
+            cache.put(number, rows, self._round or _FIRST)
+        if not self._round:
+            return 0
         self._stats.count(
             seen=len(pages),
             miss=int(np.count_nonzero(~hit)),

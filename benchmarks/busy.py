@@ -3,7 +3,7 @@
     python benchmarks/busy.py [--size 256M] [--runs 5] [--channel unix] [--json]
 
 The source has a thread that counts in Python without a pause. Reported for each length of a turn (5 ms is what CPython
-begins with, 0.5 ms what the kernel sets while a migration moves): guest RAM over the time of the whole migration, in 10^9
+begins with, 0.2 ms what the kernel sets while a migration moves): guest RAM over the time of the whole migration, in 10^9
 bytes a second, and the share of its speed without a migration that the app's thread keeps meanwhile. The lengths take
 turns; medians.
 """

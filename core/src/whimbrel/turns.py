@@ -11,7 +11,7 @@ import sys
 import threading
 
 #: Seconds.
-SHORT = 0.0005
+SHORT = 0.0002
 
 
 class ShortTurns:

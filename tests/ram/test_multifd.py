@@ -468,6 +468,18 @@ def test_a_channel_that_is_slow_is_waited_for(tmp_path, monkeypatch):
     assert there.is_running
 
 
+def test_a_source_that_lies_and_then_is_silent(lie, monkeypatch):
+    """Its channel is closed; what it says, or does not, on the main channel keeps nobody waiting."""
+    monkeypatch.setattr("whimbrel_ram.multifd.receiving._GRACE", 0.5)
+
+    def story(s):
+        s.sync()
+        s.packet(0, b"x" * PAGE, normal=one(24 * MIB), size=PAGE)
+
+    said = lie(story)
+    assert "multifd channel 0: a multifd packet with a page that is not in RAM block 'ram'" in said
+
+
 def test_a_channel_that_ends_before_its_sync(lie):
     def story(s):
         s.packet(0, flags=wire.SYNC)

@@ -48,7 +48,7 @@ class AdoptingRam(RamHandler):
         self.adopt_page_size(ctx)
         super().load_setup(ctx)
 
-    def _several(self, _: Channel) -> PageTransport:
+    def _several(self, channel: Channel) -> PageTransport:
         assert self._multifd is not None
         assert self._context is not None
         said = self._context.configuration
@@ -61,7 +61,7 @@ class AdoptingRam(RamHandler):
             flush_records=dialect.multifd_flush,
             uuid=ANY_UUID,
         )
-        return MultifdPages(options, lambda: False)
+        return MultifdPages(options, lambda: False, channel.abort)
 
     def load(self, inp: InStream, header: SectionHeader) -> None:
         super().load(inp, header)

@@ -252,7 +252,7 @@ def _page_transport(kernel: Kernel, channel: Channel) -> PageTransport | None:
     if found:
         return found[0][1]
     if kernel.settings["multifd"]:
-        return _multifd(kernel)
+        return _multifd(kernel, channel)
     if not kernel.settings["xbzrle"]:
         return None
     from whimbrel_ram.xbzrle_pages import XbzrlePages
@@ -261,7 +261,7 @@ def _page_transport(kernel: Kernel, channel: Channel) -> PageTransport | None:
     return XbzrlePages(page_size, lambda: int(kernel.settings["xbzrle-cache-size"]))
 
 
-def _multifd(kernel: Kernel) -> PageTransport:
+def _multifd(kernel: Kernel, channel: Channel) -> PageTransport:
     from whimbrel_ram.multifd.pages import MultifdPages, Options
 
     machine = kernel.machine
@@ -272,5 +272,7 @@ def _multifd(kernel: Kernel) -> PageTransport:
         uuid=machine.uuid,
     )
     return MultifdPages(
-        options, lambda: kernel.state.status in (Status.CANCELLING, Status.CANCELLED)
+        options,
+        lambda: kernel.state.status in (Status.CANCELLING, Status.CANCELLED),
+        channel.abort,
     )

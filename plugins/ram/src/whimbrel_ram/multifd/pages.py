@@ -84,10 +84,17 @@ class MultifdPages(StreamPages):
     set each time that all blocks have been gone through.
     """
 
-    def __init__(self, options: Options, is_cancelled: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        options: Options,
+        is_cancelled: Callable[[], bool],
+        abandon: Callable[[], None] = lambda: None,
+    ) -> None:
+        """abandon: ends the main channel, from any thread."""
         super().__init__(options.page_size)
         self._options = options
         self._is_cancelled = is_cancelled
+        self._abandon = abandon
         self._most = PACKETS * wire.pages_of(options.page_size)
         self._senders: Senders | None = None
         self._receivers: Receivers | None = None
@@ -217,6 +224,7 @@ class MultifdPages(StreamPages):
             method=options.method,
             accept=ctx.accept,
             is_cancelled=self._is_cancelled,
+            abandon=self._abandon,
         )
 
     def on_blocks(self, blocks: Sequence[RAMBlock]) -> None:

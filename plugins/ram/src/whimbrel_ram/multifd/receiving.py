@@ -34,6 +34,7 @@ log = logging.getLogger("whimbrel.ram")
 _LOOK = 0.1  # seconds between two looks for a cancel, or for the end
 #: Seconds without a packet on a channel that is waited for.
 PATIENCE = 60.0
+_GRACE = 5.0  # seconds that a source whose channel was closed may take to end the main channel
 _SOON = 0.5  # seconds in which a connection says what it is
 _ALIKE = "Switch multifd on at both sides, with multifd-channels alike"
 
@@ -64,14 +65,19 @@ class Receivers:
         method: str,
         accept: Callable[[float], Channel],
         is_cancelled: Callable[[], bool],
+        abandon: Callable[[], None],
     ) -> None:
-        """accept(deadline): the next further connection of the source. They are accepted at once, and in any order."""
+        """accept(deadline): the next further connection of the source. They are accepted at once, and in any order.
+        abandon: ends the main channel, on which a source may be silent for ever.
+        """
         self._count = count
         self._page_size = page_size
         self._uuid = uuid
         self._method = method
         self._accept = accept
         self._is_cancelled = is_cancelled
+        self._abandon = abandon
+        self._failed_at: float | None = None
         self._patience = PATIENCE
         self._changed = threading.Condition()
         self._arrived: list[_Arrived] = []
@@ -225,6 +231,9 @@ class Receivers:
     def _accept_all(self) -> None:
         """To the end: on a channel too many pages would come that nobody reads."""
         while not self._closing:
+            if self._failed_at is not None and time.monotonic() > self._failed_at + _GRACE:
+                self._abandon()
+                return
             try:
                 channel = self._accept(time.monotonic() + _LOOK)
             except DeadlineExceeded:
@@ -249,6 +258,7 @@ class Receivers:
         with self._changed:
             if not self._closing:
                 self._error = self._error or error
+                self._failed_at = self._failed_at or time.monotonic()
             self._changed.notify_all()
 
     def _serve(self, arrived: _Arrived) -> None:

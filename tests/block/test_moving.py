@@ -30,6 +30,7 @@ from whimbrel.wire import items
 from whimbrel.wire.format import Dialect
 from whimbrel_block import CHUNK, BlockDevice, BlockHandler, RawImage
 from whimbrel_block.codec import Chunk, read_record
+from whimbrel_block.sending import Sender
 from whimbrel_ram import RAMBlock, RamHandler
 
 MIB = 1 << 20
@@ -220,6 +221,25 @@ def test_writes_and_discards_of_a_running_machine_arrive(filled, empty):
         stop()
     assert len(wrote) > 10
     assert raw(destination.devices[0]) == raw(device)
+
+
+def test_a_chunk_that_is_written_all_the_time_is_read_once_at_a_time(shm):
+    """However slowly it goes out: or what waits for the stream would be the same chunk, over and over, and no end in sight."""
+    device = BlockDevice("drv0", shm / "busy.img", create=6 * MIB)
+    device.pwrite(b"x" * 6 * MIB, 0)
+    sender = Sender([device], incremental=False, zero_blocks=False)
+    out = OutStream(MemoryChannel())
+    with contextlib.closing(sender):
+        for i in range(30):
+            device.pwrite(b"%8d" % i, MIB)
+            sender.send(out, Budget(bytes=1), 10)
+        assert sender.left() <= 2 * MIB
+        before = out.position
+        device.pwrite(b"the last", MIB)
+        sender.send_rest(out)
+        assert out.position - before < 1.1 * MIB, "what was read before the last write stays here"
+    assert bytes(out.channel.data[-MIB:][:8]) == b"the last"
+    device.close()
 
 
 def test_query_tells_of_the_disks(filled, empty):

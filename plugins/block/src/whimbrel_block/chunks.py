@@ -67,6 +67,10 @@ class Chunks:
                     return chunk, fresh
         return None
 
+    def is_dirty(self, chunk: int) -> bool:
+        """Written since it was taken."""
+        return self._states[chunk] == DIRTY
+
     def take_holes(self, most: int) -> range:
         """The next run of holes, that need not be read; empty when there is none."""
         with self._lock:

@@ -45,6 +45,8 @@ class Disk:
     base: Base | None = None
     #: Bytes of its records.
     transferred: int = 0
+    #: Chunks that are being read or wait for the stream.
+    asked: set[int] = attrs.field(factory=set)
 
     @property
     def remaining(self) -> int:
@@ -97,7 +99,8 @@ class Sender:
 
     def left(self) -> int:
         """Bytes on the wire of what is left, what is being read included."""
-        total = self._reader.pending * CHUNK
+        again = sum(disk.chunks.is_dirty(chunk) for disk in self.disks for chunk in disk.asked)
+        total = (self._reader.pending - again) * CHUNK
         for disk in self.disks:
             left = disk.chunks.left()
             hole = 8 + len(disk.device.wire_name) if self._short_zeros else CHUNK
@@ -151,7 +154,9 @@ class Sender:
 
     # ---- sending
 
-    def send(self, out: OutStream, budget: Budget, patience: float) -> bool:
+    def send(
+        self, out: OutStream, budget: Budget, patience: float, *, standstill: bool = False
+    ) -> bool:
         """Records, until none is left (True), the budget is spent, or a disk is slow (False, and `waiting`)."""
         reader = self._reader
         self.waiting = False
@@ -160,7 +165,7 @@ class Sender:
             self._read_ahead()
             read = reader.take(0)
             if read is not None:
-                self._send_read(read, out)
+                self._send_read(read, out, standstill=standstill)
             elif not self._send_holes(out):
                 if not reader.pending:
                     self._flush_early()
@@ -169,13 +174,13 @@ class Sender:
                 if read is None:
                     self.waiting = True
                     return False
-                self._send_read(read, out)
+                self._send_read(read, out, standstill=standstill)
             if budget.spent(out.position - start):
                 return False
 
     def send_rest(self, out: OutStream) -> None:
         """All that is left, while the machine stands still. Raises LocalError when a disk does not answer: it runs on then."""
-        if not self.send(out, Budget(), _STANDSTILL):
+        if not self.send(out, Budget(), _STANDSTILL, standstill=True):
             raise LocalError(
                 f"a disk did not answer for {_STANDSTILL:.0f} s while the machine stood still",
                 section="block",
@@ -202,10 +207,17 @@ class Sender:
                 taken = disk.chunks.take()
                 if taken is not None:
                     chunk, fresh = taken
+                    if (
+                        chunk in disk.asked
+                    ):  # it waits for the stream, and was written again meanwhile: one at a time
+                        disk.chunks.mark(chunk, chunk)
+                        disk.chunks.start_at(chunk)
+                        continue
+                    disk.asked.add(chunk)
                     self._reader.request(Read(disk, chunk, disk.base if fresh else None))
                     more = True
 
-    def _send_read(self, read: Read, out: OutStream) -> None:
+    def _send_read(self, read: Read, out: OutStream, *, standstill: bool) -> None:
         disk, device = read.disk, read.disk.device
         if read.error is not None:
             raise LocalError(
@@ -214,7 +226,10 @@ class Sender:
                 section="block",
                 hint="The machine runs on here; see to the disk before the next attempt",
             ) from read.error
-        if not read.same:
+        disk.asked.discard(read.chunk)
+        # Of a machine that stands still, what was read before its last write need not go out: it is read again.
+        stale = standstill and disk.chunks.is_dirty(read.chunk) and read.chunk < device.chunks - 1
+        if not read.same and not stale:
             short = read.zero and self._short_zeros
             buffers: list[Any] = [encode_chunk(device.wire_name, read.offset, zero=short)]
             if not short:

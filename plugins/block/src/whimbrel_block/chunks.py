@@ -37,6 +37,8 @@ class Chunks:
         self._states = bytearray((FRESH,)) * count
         self._lock = threading.Lock()
         self._at = 0
+        #: Taken, and still waiting for the stream.
+        self._out: set[int] = set()
 
     def mark(self, first: int, last: int) -> None:
         """Written, from the first chunk to the last one."""
@@ -53,7 +55,9 @@ class Chunks:
         self._at = chunk
 
     def take(self) -> tuple[int, bool] | None:
-        """The next chunk to read, and whether it was never written since the beginning; None when there is none."""
+        """The next chunk to read, and whether it was never written since the beginning; None when there is none, or it is
+        taken already and was written again meanwhile: until it is given back. Belongs to one thread.
+        """
         with self._lock:
             for start in (self._at, 0):
                 found = [
@@ -61,15 +65,25 @@ class Chunks:
                 ]
                 if found:
                     chunk = min(found)
+                    if chunk in self._out:
+                        self._at = chunk
+                        return None
+                    self._out.add(chunk)
                     fresh = self._states[chunk] == FRESH
                     self._states[chunk] = CLEAN
                     self._at = chunk + 1
                     return chunk, fresh
         return None
 
-    def is_dirty(self, chunk: int) -> bool:
-        """Written since it was taken."""
+    def give_back(self, chunk: int) -> bool:
+        """Its turn in the stream has come: whether it was written since it was taken. Called by the thread that takes."""
+        self._out.discard(chunk)
         return self._states[chunk] == DIRTY
+
+    @property
+    def again(self) -> int:
+        """How many of those that are taken were written since."""
+        return sum(self._states[chunk] == DIRTY for chunk in self._out)
 
     def take_holes(self, most: int) -> range:
         """The next run of holes, that need not be read; empty when there is none."""

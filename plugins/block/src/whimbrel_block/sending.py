@@ -45,8 +45,6 @@ class Disk:
     base: Base | None = None
     #: Bytes of its records.
     transferred: int = 0
-    #: Chunks that are being read or wait for the stream.
-    asked: set[int] = attrs.field(factory=set)
 
     @property
     def remaining(self) -> int:
@@ -99,7 +97,7 @@ class Sender:
 
     def left(self) -> int:
         """Bytes on the wire of what is left, what is being read included."""
-        again = sum(disk.chunks.is_dirty(chunk) for disk in self.disks for chunk in disk.asked)
+        again = sum(disk.chunks.again for disk in self.disks)
         total = (self._reader.pending - again) * CHUNK
         for disk in self.disks:
             left = disk.chunks.left()
@@ -207,13 +205,6 @@ class Sender:
                 taken = disk.chunks.take()
                 if taken is not None:
                     chunk, fresh = taken
-                    if (
-                        chunk in disk.asked
-                    ):  # it waits for the stream, and was written again meanwhile: one at a time
-                        disk.chunks.mark(chunk, chunk)
-                        disk.chunks.start_at(chunk)
-                        continue
-                    disk.asked.add(chunk)
                     self._reader.request(Read(disk, chunk, disk.base if fresh else None))
                     more = True
 
@@ -226,9 +217,9 @@ class Sender:
                 section="block",
                 hint="The machine runs on here; see to the disk before the next attempt",
             ) from read.error
-        disk.asked.discard(read.chunk)
+        again = disk.chunks.give_back(read.chunk)
         # Of a machine that stands still, what was read before its last write need not go out: it is read again.
-        stale = standstill and disk.chunks.is_dirty(read.chunk) and read.chunk < device.chunks - 1
+        stale = standstill and again and read.chunk < device.chunks - 1
         if not read.same and not stale:
             short = read.zero and self._short_zeros
             buffers: list[Any] = [encode_chunk(device.wire_name, read.offset, zero=short)]

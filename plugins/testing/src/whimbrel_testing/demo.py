@@ -411,7 +411,7 @@ def _pause(seconds: float) -> None:
     threading.Event().wait(seconds)
 
 
-def _whole_batches(size: int) -> int:
+def _up_to_batches(size: int) -> int:
     return -(-size // BATCH_BYTES) * BATCH_BYTES
 
 
@@ -482,8 +482,8 @@ def main(
     bandwidth: int,
     as_json: bool,
 ) -> None:
-    ram = max(BATCH_BYTES, _whole_batches(ram))
-    disk = max(MIB, _whole_batches(disk)) if disk else 0
+    ram = max(BATCH_BYTES, _up_to_batches(ram))
+    disk = max(MIB, _up_to_batches(disk)) if disk else 0
     demo = Demo(
         uri=uri,
         incoming=incoming,

@@ -9,8 +9,8 @@ if __name__ == "__main__":
 
     with atheris.instrument_imports(
         include=[
-            *("whimbrel", "whimbrel_device", "whimbrel_qemu", "whimbrel_ram", "whimbrel_rdma"),
-            "whimbrel_zstd",
+            *("whimbrel", "whimbrel_block", "whimbrel_device", "whimbrel_monitor", "whimbrel_qemu"),
+            *("whimbrel_ram", "whimbrel_rdma", "whimbrel_zstd"),
         ]
     ):
         import targets

@@ -36,6 +36,7 @@ class BlockFlag(enum.IntFlag):
 
 
 _FLAGS = SECTOR - 1
+_LAST = 2**64 - SECTOR  # the last offset that a record can name
 # Plain numbers for the loop.
 _CHUNK, _ZERO_CHUNK, _EOS, _PROGRESS = 0x01, 0x09, 0x02, 0x04
 EOS_RECORD = _U64.pack(_EOS)
@@ -84,7 +85,7 @@ def zeros_behind(buffer: memoryview, device: bytes, offset: int) -> int:
     size, n = 8 + len(device), 0
     for at in range(0, len(buffer) - size + 1, size):
         offset += CHUNK
-        if buffer[at : at + size] != encode_chunk(device, offset, zero=True):
+        if offset > _LAST or buffer[at : at + size] != encode_chunk(device, offset, zero=True):
             break
         n += 1
     return n

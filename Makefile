@@ -9,7 +9,7 @@ ARGS ?=
 setup: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt $(addsuffix /pyproject.toml,$(DISTS)) tools/setup \
-		$(wildcard plugins/accel/setup.py plugins/accel/src/*/*.c)
+		$(wildcard plugins/accel/setup.py plugins/accel/src/*/*.[ch])
 	@PYTHON="$(PYTHON)" VENV="$(VENV)" sh tools/setup $(DISTS)
 	@touch $@
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from whimbrel_ram import xbzrle
+from whimbrel_ram import native, xbzrle
 
 PAGE = 4096
 #: Pages of one call, as the engine makes them: while encoding, and while decoding.
@@ -75,16 +75,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     arguments = parser.parse_args()
     codecs: dict[str, Any] = {"numpy": None}
-    if xbzrle.accel is None:
+    if native.deltas is None:
         print("whimbrel-accel is not here: numpy alone", file=sys.stderr)
     else:
-        codecs["accel"] = xbzrle.accel
+        codecs["accel"] = native.deltas
     rows = []
     for stretch in (1, 64):
         for percent in (1, 10, 20):
             row: dict[str, Any] = {"changed_percent": percent, "stretch": stretch}
             for name, codec in codecs.items():
-                xbzrle.accel = codec
+                native.deltas = codec
                 row[name] = measure(arguments.pages, percent, stretch, arguments.runs)
             rows.append(row)
             told = ", ".join(

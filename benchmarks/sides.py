@@ -1,7 +1,7 @@
 """Our end of a migration without a peer: the whole engine, our bare loop, and a raw copy, over the same warm memory.
 
 ours   Kernel.migrate() to Kernel.incoming(): everything that a migration is
-loop   the same batches by the same Encoder and Decoder, in loops without kernel, stream, tracker or channel: what the
+loop   the same batches by the same Encoder, Decoder and loops in C, in loops without kernel, stream, tracker or channel: what the
        engine costs is the difference to this
 raw    sendall and recv_into of a MiB at a time, nothing looked at; with N sockets, a thread for each on both sides
 """
@@ -22,13 +22,14 @@ from remote import PATIENCE, Remote
 
 from whimbrel import Kernel, Machine
 from whimbrel.errors import MigrationError
-from whimbrel.stream import ALIGNMENT
-from whimbrel_ram import RAMBlock
+from whimbrel.stream import ALIGNMENT, READ_BUFFER
+from whimbrel_ram import RAMBlock, native
 from whimbrel_ram.decoder import Decoder, Event
 from whimbrel_ram.encoder import Encoder
 from whimbrel_ram.records import EOS_RECORD
 from whimbrel_ram.target import Target
-from whimbrel_ram.zero import as_words, zero_map
+from whimbrel_ram.transport import AT_ONCE
+from whimbrel_ram.zero import as_words, zero_map, zero_map_at
 
 CHUNK = 1 << 20
 PAGE = 4096
@@ -173,16 +174,21 @@ class RamSide:
         """As StreamPages does it, in the order of the pages: of each batch the zero pages first, then the others."""
         block = self.blocks[0]
         words, encoder = as_words(block.rows), Encoder(PAGE)
-        look, first = encoder.batch, 0
+        fast = native.records  # or None: as the engine does it
+        look = most = encoder.batch * (AT_ONCE if fast else 1)
+        first = 0
         while first < block.pages:
             some = np.arange(first, min(first + look, block.pages))
             first += len(some)
-            zero = zero_map(words[some[0] : some[-1] + 1])
+            zero = zero_map_at(words, some) if fast else zero_map(words[some[0] : some[-1] + 1])
             normal = some[~zero]
-            look = encoder.batch if len(normal) else 4 * encoder.batch
+            look = most if len(normal) else 4 * encoder.batch
             if zero.any():
                 for buffer in encoder.zeros(block.wire_idstr, some[zero]):
                     sock.sendall(buffer)
+            if fast and len(normal) and encoder.continues(block.wire_idstr):
+                fast.send(sock.fileno(), words, normal, PAGE)
+                continue
             for i in range(0, len(normal), encoder.batch):
                 for buffer in encoder.pages(block.wire_idstr, words, normal[i : i + encoder.batch]):
                     sock.sendall(buffer)
@@ -192,7 +198,7 @@ class RamSide:
         block = self.blocks[0]
         target = Target(block.idstr, block.buffer, PAGE)
         decoder = Decoder(PAGE, lambda idstr: target)
-        view = memoryview(mmap.mmap(-1, CHUNK + ALIGNMENT))
+        view = memoryview(mmap.mmap(-1, READ_BUFFER + ALIGNMENT))
         start = end = 0
         while True:
             taken, event = decoder.feed(view[start:end], 0)

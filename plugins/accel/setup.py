@@ -6,13 +6,15 @@ from setuptools import Extension, setup
 setup(
     ext_modules=[
         Extension(
-            "whimbrel_accel._deltas",
-            ["src/whimbrel_accel/_deltas.c"],
+            f"whimbrel_accel.{name}",
+            [f"src/whimbrel_accel/{name}.c"],
+            depends=["src/whimbrel_accel/common.h"],
             define_macros=[("Py_LIMITED_API", "0x030B0000")],
             extra_compile_args=["-O3"],
             py_limited_api=True,
             optional=True,
         )
+        for name in ("_deltas", "_packets", "_records")
     ],
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -12,6 +12,8 @@ from whimbrel.channel import MemoryChannel
 from whimbrel.stream import InStream
 from whimbrel.wire.format import ItemType
 from whimbrel.wire.items import SectionHeader
+from whimbrel_ram import native
+from whimbrel_testing.peers import missing_peer
 
 ZERO, MEM_SIZE, PAGE, EOS, CONTINUE, XBZRLE = 0x02, 0x04, 0x08, 0x10, 0x20, 0x40
 
@@ -163,6 +165,16 @@ def read_item(handler, inp, item=ItemType.SECTION_PART):
 
 def in_stream(data, sizes=(1 << 20,), **options):
     return InStream(Chunked(data, sizes), **options)
+
+
+@pytest.fixture(params=["numpy", "accel"], autouse=True)
+def loops(request, monkeypatch):
+    """All tests by numpy, and again by the loops of whimbrel-accel."""
+    if request.param == "numpy":
+        for name in ("deltas", "packets", "records"):
+            monkeypatch.setattr(native, name, None)
+    elif native.records is None:
+        missing_peer("whimbrel-accel was built without a compiler: install gcc and python3-dev")
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,15 @@
 """whimbrel-accel beside numpy: the same bytes, the same refusals, and nothing outside of what it was given."""
 
+import socket
+import struct
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
-from whimbrel_ram import xbzrle
+from whimbrel_ram import native, xbzrle
+from whimbrel_ram.multifd import wire
 from whimbrel_testing.peers import missing_peer
 
 PAGE = 256
@@ -12,10 +17,15 @@ NUMPY = {"encode": xbzrle._encode, "patch": xbzrle._patch}
 
 
 @pytest.fixture(autouse=True)
+def loops():
+    """Both in each test."""
+
+
+@pytest.fixture(autouse=True)
 def accel():
-    if xbzrle.accel is None:
+    if native.deltas is None:
         missing_peer("whimbrel-accel was built without a compiler: install gcc and python3-dev")
-    return xbzrle.accel
+    return native.deltas
 
 
 def applied(patch, deltas, memory):
@@ -117,3 +127,244 @@ def test_buffers_that_do_not_fit_are_refused(accel):
         accel.patch(b"", numbers(0), numbers(), numbers(0), PAGE, bytearray(PAGE))
     with pytest.raises((TypeError, BufferError)):
         accel.encode(pages, pages, PAGE, pages, lengths)
+
+
+# ---- records and packets over a socket
+
+BIG = 4096
+
+
+@pytest.fixture
+def ends():
+    one, other = socket.socketpair()
+    with one, other:
+        yield one, other
+
+
+@pytest.fixture
+def block():
+    return np.random.default_rng(3).integers(1, 255, (40, BIG), np.uint8)
+
+
+def received(sock, size):
+    data = bytearray()
+    while len(data) < size and (more := sock.recv(size - len(data))):
+        data += more
+    return bytes(data)
+
+
+def in_background(call, *args):
+    """Its result, or its error, once asked for."""
+    pool = ThreadPoolExecutor(1)
+    future = pool.submit(call, *args)
+    pool.shutdown(wait=False)
+    return future
+
+
+def test_records_are_sent_as_they_are_gathered(ends, block):
+    pages = numbers(0, 1, 2, 7, 9, 39)
+    out = bytearray(6 * (8 + BIG))
+    assert native.records.gather(out, block, pages, BIG) == len(out)
+    ends[0].setblocking(False)  # it waits all the same
+    sent = in_background(native.records.send, ends[0].fileno(), block, pages, BIG)
+    assert received(ends[1], len(out)) == out
+    assert sent.result(10) == len(out)
+
+
+def test_more_records_than_one_call_takes(ends):
+    block = np.random.default_rng(3).integers(1, 255, (1500, 1024), np.uint8)
+    pages = np.arange(1500)[::-1].copy()
+    sent = in_background(native.records.send, ends[0].fileno(), block, pages, 1024)
+    data = np.frombuffer(received(ends[1], 1500 * 1032), np.uint8).reshape(1500, 1032)
+    assert sent.result(10) == data.size
+    assert np.array_equal(data[:, 8:], block[::-1])
+
+
+@pytest.mark.parametrize("page", [40, -1, 1 << 52, -(1 << 63)])
+def test_a_page_that_is_not_there_is_not_sent(ends, block, page):
+    pages, fd = numbers(1, page), ends[0].fileno()
+    for call in (
+        lambda: native.records.gather(bytearray(3 * (8 + BIG)), block, pages, BIG),
+        lambda: native.records.send(fd, block, pages, BIG),
+        lambda: native.packets.send(fd, b"ram", block, pages, BIG, 1),
+    ):
+        with pytest.raises(ValueError, match="fit|not in the memory"):
+            call()
+    ends[1].setblocking(False)
+    with pytest.raises(BlockingIOError):
+        ends[1].recv(1)
+
+
+@pytest.mark.parametrize("size", [0, -BIG, 32, 3000])
+def test_sizes_that_no_page_has(ends, block, size):
+    fd, head, fresh = ends[0].fileno(), bytearray(1344), bytearray(40)
+    for call in (
+        lambda: native.records.gather(bytearray(8 + BIG), block, numbers(0), size),
+        lambda: native.records.send(fd, block, numbers(0), size),
+        lambda: native.records.take(bytes(100), block, fresh, size),
+        lambda: native.packets.send(fd, b"ram", block, numbers(0), size, 1),
+        lambda: native.packets.receive(fd, head, b"ram", block, fresh, size),
+    ):
+        with pytest.raises(ValueError, match="fit|not in the memory"):
+            call()
+
+
+def test_buffers_that_do_not_fit_each_other_are_refused(ends, block):
+    fd, head = ends[0].fileno(), bytearray(1344)
+    for call in (
+        lambda: native.records.gather(bytearray(2 * BIG), block, numbers(0, 1), BIG),
+        lambda: native.records.take(bytes(9), block, bytearray(39), BIG),
+        lambda: native.records.take(bytes(9), block.reshape(-1)[1:], bytearray(39), BIG),
+        lambda: native.packets.send(fd, bytes(256), block, numbers(0), BIG, 1),
+        lambda: native.packets.receive(fd, head[:-1], b"ram", block, bytearray(40), BIG),
+        lambda: native.packets.receive(fd, head, bytes(256), block, bytearray(40), BIG),
+        lambda: native.packets.receive(fd, head, b"ram", block, bytearray(41), BIG),
+    ):
+        with pytest.raises(ValueError, match="fit|not in the memory"):
+            call()
+
+
+@pytest.mark.parametrize("send", ["records", "packets"])
+def test_a_peer_that_is_gone_is_an_error(ends, block, send):
+    ends[1].close()
+    fd, pages = ends[0].fileno(), numbers(1)
+    with pytest.raises(BrokenPipeError):
+        if send == "records":
+            native.records.send(fd, block, pages, BIG)
+        else:
+            native.packets.send(fd, b"ram", block, pages, BIG, 1)
+
+
+def test_a_shutdown_ends_what_waits(ends):
+    block = np.ones((2048, BIG), np.uint8)
+    for call in (
+        lambda fd: native.records.send(fd, block, np.arange(2048), BIG),
+        lambda fd: native.packets.send(fd, b"ram", block, np.arange(2048), BIG, 1),
+    ):
+        one, other = socket.socketpair()
+        with one, other:
+            result = in_background(call, one.fileno())
+            assert other.recv(1, socket.MSG_PEEK)
+            one.shutdown(socket.SHUT_RDWR)
+            with pytest.raises(BrokenPipeError):
+                result.result(10)
+
+
+def packet(pages, number=1, **changed):
+    facts = {"idstr": b"ram", "size": len(pages) * BIG, "flags": 0, **changed}
+    return wire.Packet(number=number, normal=np.array(pages, np.uint64) * np.uint64(BIG), **facts)
+
+
+def test_packets_are_those_of_the_codec(ends, block):
+    pages = np.concatenate([np.arange(40)] * 4)  # two packets
+    sent = in_background(native.packets.send, ends[0].fileno(), b"ram", block, pages, BIG, 7)
+    expected = b""
+    for number, some in ((7, pages[:128]), (8, pages[128:])):
+        expected += wire.encode(packet(some, number), BIG) + block[some].tobytes()
+    assert received(ends[1], len(expected)) == expected
+    assert sent.result(10) == len(expected)
+
+
+class Incoming:
+    """A block between canaries, and what has come for it."""
+
+    def __init__(self, slow, sock):
+        self.sock = sock
+        self.space = slow.Fenced(40 * BIG)
+        self.head = bytearray(1344)
+        self.fresh = bytearray(b"\1" * 40)
+
+    def take(self, header, data=b"", *, end=True):
+        """The packet with that header, which has come, and the data behind it."""
+        self.head[:] = header
+        self.sock.sendall(data)
+        if end:
+            self.sock.shutdown(socket.SHUT_WR)
+        return self.take_further()
+
+    def take_further(self):
+        memory = self.space.memory
+        result = native.packets.receive(self.fd, self.head, b"ram", memory, self.fresh, BIG)
+        self.space.check()
+        return result
+
+
+@pytest.fixture
+def incoming(ends, slow):
+    incoming = Incoming(slow, ends[0])
+    incoming.fd = ends[1].fileno()
+    return incoming
+
+
+def test_packets_are_put_in_place_until_one_is_another(incoming, block):
+    sync = wire.encode(packet([], 3, flags=wire.SYNC), BIG)
+    data = block[[5, 6, 9]].tobytes() + wire.encode(packet([1, 0], 2), BIG) + block[:2].tobytes()
+    assert incoming.take(wire.encode(packet([5, 6, 9]), BIG), data + sync, end=False) == (
+        *(5, len(data) + len(sync)),
+        0,
+    )
+    assert incoming.head == sync
+    rows = incoming.space.memory.reshape(40, BIG)
+    assert np.array_equal(rows[[5, 6, 9]], block[[5, 6, 9]])
+    assert np.array_equal(rows[[1, 0]], block[:2])
+    assert [i for i in range(40) if not incoming.fresh[i]] == [0, 1, 5, 6, 9]
+    assert not rows[[2, 3, 4, 7, 8, *range(10, 40)]].any()
+    assert incoming.take_further() == (0, 0, 0)
+
+
+@pytest.mark.parametrize("cut", [0, 1, BIG - 1, BIG, 2 * BIG, 2 * BIG + 1, 2 * BIG + 1343])
+def test_an_end_says_how_much_is_missing(incoming, block, cut):
+    data = (block[:2].tobytes() + bytes(1344))[:cut]
+    pages = 2 if cut >= 2 * BIG else 0
+    assert incoming.take(wire.encode(packet([0, 1]), BIG), data) == (
+        *(pages, cut),
+        2 * BIG + 1344 - cut,
+    )
+
+
+HEADERS = {
+    "another magic": lambda h: h[:3] + b"\0" + h[4:],
+    "another version": lambda h: h[:7] + b"\2" + h[8:],
+    "a sync": lambda h: wire.encode(packet([0], flags=wire.SYNC), BIG),
+    "packed": lambda h: wire.encode(packet([0], flags=wire.METHODS["zlib"]), BIG),
+    "a flag that nobody knows": lambda h: wire.encode(packet([0], flags=0x100), BIG),
+    "zero pages": lambda h: wire.encode(
+        wire.Packet(idstr=b"ram", zero=np.zeros(1, np.uint64)), BIG
+    ),
+    "no pages": lambda h: wire.encode(packet([]), BIG),
+    "more pages than a packet has": lambda h: h[:16] + struct.pack(">II", 129, 129 * BIG) + h[24:],
+    "more pages than were allocated": lambda h: h[:12] + struct.pack(">I", 0) + h[16:],
+    "too much allocated": lambda h: h[:12] + struct.pack(">I", 129) + h[16:],
+    "too short": lambda h: wire.encode(packet([0], size=BIG - 1), BIG),
+    "too long": lambda h: wire.encode(packet([0], size=2 * BIG), BIG),
+    "another block": lambda h: wire.encode(packet([0], idstr=b"rom"), BIG),
+    "a longer name": lambda h: wire.encode(packet([0], idstr=b"ram0"), BIG),
+    "a shorter name": lambda h: wire.encode(packet([0], idstr=b"ra"), BIG),
+    "a page behind the end": lambda h: wire.encode(packet([0, 40]), BIG),
+    "a page far behind the end": lambda h: wire.encode(packet([0, (1 << 52) - 1]), BIG),
+    "half a page": lambda h: h[:320] + struct.pack(">Q", BIG // 2) + h[328:],
+}
+
+
+@pytest.mark.parametrize("what", HEADERS)
+def test_any_other_header_is_left_as_it_came(incoming, what):
+    header = bytes(HEADERS[what](bytes(wire.encode(packet([0]), BIG))))
+    assert incoming.take(header, bytes(4 * BIG)) == (0, 0, 0)
+    assert incoming.head == header
+    assert all(incoming.fresh)
+
+
+@given(st.data())
+@settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+def test_a_damaged_header_puts_nothing_outside(slow, data):
+    header = bytearray(wire.encode(packet([0, 1, 39]), BIG))
+    for _ in range(data.draw(st.integers(1, 4))):
+        header[data.draw(st.integers(0, 343))] = data.draw(st.integers(0, 255))
+    one, other = socket.socketpair()
+    with one, other:
+        incoming = Incoming(slow, one)
+        incoming.fd = other.fileno()
+        pages, got, missing = incoming.take(header, bytes(3 * BIG))
+        assert (pages, got, missing) in {(0, 0, 0), (3, 3 * BIG, 1344)} or got == 3 * BIG < missing

@@ -30,7 +30,7 @@ from whimbrel_ram.trackers.shadow import ShadowTracker
 from whimbrel_ram.transport import SaveBlock
 from whimbrel_ram.xbzrle_pages import XbzrlePages
 from whimbrel_ram.zero import as_words
-from whimbrel_testing.peers import missing_peer, wait_until
+from whimbrel_testing.peers import wait_until
 
 PAGE = 1024
 CONTINUE, DELTA, EOS = 0x20, 0x40, struct.pack(">Q", 0x10)
@@ -142,15 +142,6 @@ class Receiver:
                 return at
             assert event is Event.MORE
             need = self.decoder.need
-
-
-@pytest.fixture(params=["numpy", "accel"], autouse=True)
-def codec(request, monkeypatch):
-    """All of this file by numpy, and again by whimbrel-accel."""
-    if request.param == "numpy":
-        monkeypatch.setattr(xbzrle, "accel", None)
-    elif xbzrle.accel is None:
-        missing_peer("whimbrel-accel was built without a compiler: install gcc and python3-dev")
 
 
 @given(pair=pairs())

@@ -9,9 +9,10 @@ Deadlines are absolute, in seconds of time.monotonic(); None means no deadline.
 from __future__ import annotations
 
 import abc
+import contextlib
 import enum
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import attrs
@@ -118,6 +119,14 @@ class Channel(abc.ABC):
         It may be non-blocking (a pipe is): who borrows it polls when it would block.
         """
         return None
+
+    @contextlib.contextmanager
+    def lend(self, direction: str) -> Iterator[int | None]:
+        """A socket for somebody who reads from it ('read') or writes to it ('write') in native code, and blocks there, or
+        None: where it is none, or raw bytes would not be the same as recv and send. abort() ends a call on it as it ends one
+        of the channel's own, an OSError inside becomes a ChannelError, and close() waits for the end.
+        """
+        yield None
 
     def extension(self, kind: type[T]) -> T | None:
         """The channel as another protocol (positional I/O, descriptor passing, page transport), or None."""

@@ -221,7 +221,7 @@ class DescriptorChannel(Channel):
         return self._pushback[:n]
 
     def finish(self, deadline: float | None = None) -> None:
-        """Half-close a socket and, on TCP, wait until the other host has all; fsync a file; close a pipe."""
+        """On TCP, wait until the other host has all; half-close a socket; fsync a file; close a pipe."""
         with self._io("finishing"):
             if self._sock is not None:
                 self._finish_socket(self._sock, deadline)
@@ -237,11 +237,14 @@ class DescriptorChannel(Channel):
                 os.close(fd)
 
     def _finish_socket(self, sock: socket.socket, deadline: float | None) -> None:
-        sock.shutdown(socket.SHUT_WR)
         if sock.family in (socket.AF_INET, socket.AF_INET6):
+            # Before the half-close: the other host may take its time to acknowledge that.
+            step = 0.0005
             while any(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(4))):
                 _raise_error(sock)  # what a reset connection has not sent stays there for ever
-                pause(0.005, deadline=deadline, cancel_fd=self._gate.fd, what=self.name)
+                pause(step, deadline=deadline, cancel_fd=self._gate.fd, what=self.name)
+                step = min(2 * step, 0.01)
+        sock.shutdown(socket.SHUT_WR)
         _raise_error(sock)
 
     def abort(self) -> None:
@@ -279,6 +282,11 @@ class DescriptorChannel(Channel):
         if direction == "read":
             return None if self._pushback else self._read_fd
         return self._write_fd
+
+    @contextlib.contextmanager
+    def lend(self, direction: str) -> Iterator[int | None]:
+        with self._io("reading" if direction == "read" else "writing", blocking=True):
+            yield None if self._sock is None else self._sock.fileno()
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):

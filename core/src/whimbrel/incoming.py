@@ -92,7 +92,7 @@ class Incoming(Run):
 
     def _receive(self) -> None:
         assert self._arrivals is not None
-        self._tell_handlers = lambda outcome: load_cleanup(self.handlers, outcome)
+        self._tell_handlers = self._clean_up
         for handler in self.handlers:
             handler.load_prepare()
         channel = self._arrivals.main()
@@ -172,6 +172,11 @@ class Incoming(Run):
                 machine.vm_start()
             else:
                 machine.run_state = RunState.PAUSED
+
+    def _clean_up(self, outcome: Outcome) -> None:
+        assert self._arrivals is not None
+        self._arrivals.close()  # who waits for a further channel is told
+        load_cleanup(self.handlers, outcome)
 
     def _release(self) -> None:
         super()._release()

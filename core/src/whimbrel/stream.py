@@ -19,7 +19,8 @@ from whimbrel.pace import Pace
 #: Writes at least this long go to the channel as they are, behind what was collected before.
 PASS_THROUGH = 16 << 10
 COLLECT = 64 << 10
-READ_BUFFER = 1 << 20
+#: Small enough to stay in a processor's cache until what was read is put in place.
+READ_BUFFER = 256 << 10
 #: The kernel copies to addresses of this alignment two to three times faster than to others (x86 `rep movs`).
 ALIGNMENT = 64
 #: An unread rest up to this long is moved to get that alignment for what comes next.
@@ -125,11 +126,12 @@ class OutStream(_Latched):
 
     @contextlib.contextmanager
     def lend(self) -> Iterator[int | None]:
-        """The descriptor, everything before it being sent, for somebody who writes to it himself and then says how
-        much by account(). None where the channel has no raw descriptor: write to the stream instead.
+        """A socket, everything before it being sent, for native code that writes to it itself and then says how much by
+        account(): see Channel.lend(). None where there is none: write to the stream instead.
         """
         self.flush()
-        yield self.channel.raw_fd("write")
+        with self._latch(), self.channel.lend("write") as fd:
+            yield fd
 
     def account(self, n: int, *, paid: int = 0) -> None:
         """Bytes were written, some of them past this stream: they count for position and pace. paid: those of them that
@@ -274,16 +276,6 @@ class InStream(_Latched):
 
     def u64(self) -> int:
         return int(_U64.unpack(self.read(8))[0])
-
-    @contextlib.contextmanager
-    def lend(self) -> Iterator[int | None]:
-        """The descriptor, for somebody who reads from it himself and then says how much by account(); None where the
-        channel has none or bytes were already read ahead.
-        """
-        yield None if self._end > self._start else self.channel.raw_fd("read")
-
-    def account(self, n: int) -> None:
-        self._consumed += n
 
     def _refill(self, need: int) -> None:
         if need > self._capacity:

@@ -16,7 +16,7 @@ import numpy as np
 
 from whimbrel.errors import StreamError
 from whimbrel.wire.items import shown
-from whimbrel_ram import xbzrle
+from whimbrel_ram import native, xbzrle
 from whimbrel_ram.records import CONTINUE, EOS, KINDS, NEEDS, PAGE, U64, XBZRLE, ZERO, PageFlag
 from whimbrel_ram.target import Target
 
@@ -66,6 +66,9 @@ class Decoder:
         self._block: Target | None = None
         self._mask = page_size - 1
         self._direct = page_size >= DIRECT_PAGE
+        self._take: Callable[..., tuple[int, int, int]] | None = None
+        if native.records is not None and not self._direct:
+            self._take = native.records.take
         self._kind = -1  # what the last record was, and how many like it came in a row
         self._streak = 0
         self._patience = self._STREAK
@@ -102,6 +105,9 @@ class Decoder:
             head = 8
             if flags & CONTINUE:
                 block = self._same_block(flags, position + offset)
+                if self._take is not None and (taken := self._taken(block, buffer[offset:])):
+                    offset += taken
+                    continue
             else:
                 if left < 9 or left < (head := 9 + buffer[offset + 8]):
                     self.need = max(9, head)
@@ -137,6 +143,14 @@ class Decoder:
                 start = offset + head
                 block.memory[where : where + body] = buffer[start : start + body]
             offset += head + body
+
+    def _taken(self, block: Target, buffer: memoryview) -> int:
+        """Let the loop in C take what it can of the records of this block; their bytes."""
+        assert self._take is not None
+        taken, normal, zero = self._take(buffer, block.memory, block.fresh, self.page_size)
+        self.normal += normal
+        self.duplicate += zero
+        return int(taken)
 
     # ---- single records
 

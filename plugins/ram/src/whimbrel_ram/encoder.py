@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from whimbrel_ram import xbzrle
+from whimbrel_ram import native, xbzrle
 from whimbrel_ram.records import CONTINUE, PAGE, U64, XBZRLE, ZERO
 
 if TYPE_CHECKING:
@@ -40,6 +40,10 @@ class Encoder:
         """The next record names its block."""
         self._block = None
 
+    def continues(self, idstr: bytes) -> bool:
+        """The next record of that block needs no name."""
+        return self._block == idstr
+
     def _head(self, idstr: bytes, kind: int, page: int) -> bytes:
         """First word and idstr of a record that starts a block."""
         self._block = idstr
@@ -67,6 +71,9 @@ class Encoder:
             buffers += [self._head(idstr, PAGE, first), source[first].tobytes()]
             pages = pages[1:]
         n = len(pages)
+        if native.records is not None:
+            used = native.records.gather(self._bytes, source, pages, self.page_size)
+            return [*buffers, self._bytes[:used]]
         out = self._staging
         out[:n, 0] = self._first_words(pages, PAGE | CONTINUE)
         for i in range(0, n, self._gather):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("whimbrel.ram")
 
 #: Pages looked for in the dirty map in one step.
-_WINDOW = 32768
+_WINDOW = 8192
 #: Capabilities that add fields to the setup record, which nothing in it announces.
 _FOREIGN_CAPABILITIES = ("x-ignore-shared", "mapped-ram")
 
@@ -130,14 +131,8 @@ class RamHandler(LiveSaveVMHandler):
         for block in blocks:
             block.start_marks()
         self._tracker = tracker = spec.create()
-        try:
+        with self._tracker_errors():
             tracker.start(blocks)
-        except OSError as error:
-            raise LocalError(
-                f"dirty tracker '{spec.name}' cannot start: {error}",
-                section="ram",
-                hint="Choose another one by the parameter dirty-tracker",
-            ) from error
         self._saved = [
             SaveBlock(b, i, as_words(tracker.source(b)), tracker.untouched(b))
             for i, b in enumerate(blocks)
@@ -151,6 +146,17 @@ class RamHandler(LiveSaveVMHandler):
         self._pages = self._page_transport(out.channel)
         self._pages.begin(self._saved, out)
         out.write(EOS_RECORD)
+
+    @contextlib.contextmanager
+    def _tracker_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise LocalError(
+                f"dirty tracker '{self.tracker_name}' cannot start: {error}",
+                section="ram",
+                hint="Choose another one by the parameter dirty-tracker",
+            ) from error
 
     def _page_transport(self, channel: Channel) -> PageTransport:
         found = channel.extension(PageTransport)
@@ -214,9 +220,10 @@ class RamHandler(LiveSaveVMHandler):
         return done
 
     def _send_dirty(self, out: OutStream, budget: Budget, phase: Phase) -> bool:
-        pages, stats = self._pages, self._stats
+        pages, stats, tracker = self._pages, self._stats, self._tracker
         assert pages is not None
         assert stats is not None
+        assert tracker is not None
         stopped = phase is Phase.COMPLETE or not self._running()
         start = out.position
         while stats.remaining_pages > 0:
@@ -236,6 +243,8 @@ class RamHandler(LiveSaveVMHandler):
                 cancelled=budget.cancelled,
             )
             before = out.position
+            with self._tracker_errors():
+                tracker.cover(self._saved[index].block, int(window[-1]) + 1)
             sent = pages.send(self._saved[index], window, out, left)
             if not 0 < sent.pages <= len(window):
                 raise LocalError(

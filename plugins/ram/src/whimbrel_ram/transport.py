@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import attrs
 import numpy as np
 
+from whimbrel_ram import native
 from whimbrel_ram.block import RAMBlock
 from whimbrel_ram.decoder import Decoder
 from whimbrel_ram.encoder import Encoder
@@ -136,7 +137,18 @@ def zero_pages(block: SaveBlock, pages: NDArray[np.intp]) -> NDArray[np.bool_]:
             look = np.flatnonzero(~known)
             zero[look] = zero_map_at(words, pages[look])
             return zero
-    return zero_map(words[low : high + 1]) if whole else zero_map_at(words, pages)
+    if whole and native.records is None:
+        return zero_map(words[low : high + 1])
+    return zero_map_at(words, pages)
+
+
+#: Batches that the loop in C sends in one call.
+AT_ONCE = 4
+
+
+def _in_place(out: OutStream) -> bool:
+    """Whether the loop in C may send pages from where they are: a limit wants them in pieces."""
+    return native.records is not None and (out.pace is None or not out.pace.rate)
 
 
 class StreamPages(PageTransport):
@@ -154,7 +166,7 @@ class StreamPages(PageTransport):
         encoder, idstr = self._encoder, block.block.wire_idstr
         start = out.position
         done = zero = 0
-        look = encoder.batch
+        look = most = encoder.batch * (AT_ONCE if _in_place(out) else 1)
         while done < len(pages):
             used = out.position - start
             if done and budget.spent(used):
@@ -169,20 +181,29 @@ class StreamPages(PageTransport):
                 look = min(2 * look, 4 * encoder.batch)
             else:
                 normal = some[~is_zero] if len(empty) else some
-                if len(normal) > encoder.batch:  # no more than one send
-                    last = normal[encoder.batch - 1]
+                if len(normal) > most:  # no more than one send
+                    last = normal[most - 1]
                     some = some[some <= last]
-                    normal, empty = normal[: encoder.batch], empty[empty < last]
-                look = encoder.batch
-            buffers: list[bytes | bytearray | memoryview] = []
-            if len(empty):
-                buffers += encoder.zeros(idstr, empty)
+                    normal, empty = normal[:most], empty[empty < last]
+                look = most
+            for buffer in encoder.zeros(idstr, empty) if len(empty) else ():
+                out.write(buffer)
             if len(normal):
-                buffers += encoder.pages(idstr, block.words, normal)
-                out.write_all(buffers)
-            else:
-                for buffer in buffers:
-                    out.write(buffer)
+                self._send_pages(block, normal, out)
             done += len(some)
             zero += len(empty)
         return Sent(done, zero)
+
+    def _send_pages(self, block: SaveBlock, pages: NDArray[np.intp], out: OutStream) -> None:
+        """From where they are, where the loop in C can."""
+        encoder, idstr = self._encoder, block.block.wire_idstr
+        if native.records is not None and _in_place(out):
+            if not encoder.continues(idstr):
+                out.write_all(encoder.pages(idstr, block.words, pages[:1]))
+                pages = pages[1:]
+            with out.lend() as fd:
+                if fd is not None:
+                    out.account(native.records.send(fd, block.words, pages, encoder.page_size))
+                    return
+        for i in range(0, len(pages), encoder.batch):
+            out.write_all(encoder.pages(idstr, block.words, pages[i : i + encoder.batch]))

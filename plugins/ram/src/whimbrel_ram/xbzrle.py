@@ -16,17 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:
-    from types import ModuleType
+from whimbrel_ram import native
 
+if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-#: whimbrel_accel, or None: numpy does it.
-accel: ModuleType | None
-try:
-    import whimbrel_accel as accel
-except ImportError:
-    accel = None
 #: The only encoding there is.
 ENCODING = 1
 #: Bytes of a record between its first word (with the idstr) and the delta.
@@ -43,12 +37,12 @@ def encode(
 
     A length of 0 says that nothing changed. One of a whole page says that the delta would be no shorter: it is left out.
     """
-    if accel is None:
+    if native.deltas is None:
         return _encode(old, new)
     pages, words = old.shape
     out, length = np.empty(old.nbytes, np.uint8), np.empty(pages, np.int64)
     before, now = np.ascontiguousarray(old), np.ascontiguousarray(new)
-    used = accel.encode(before, now, 8 * words, out, length)
+    used = native.deltas.encode(before, now, 8 * words, out, length)
     return out[:used], length
 
 
@@ -124,13 +118,13 @@ def patch(  # noqa: PLR0917 - what a delta is, and where it goes
 
     Raises BadDelta, before anything has been written.
     """
-    if accel is None:
+    if native.deltas is None:
         _patch(data, start, length, where, page_size, memory)
         return
-    wrong = accel.patch(data, start, length, where, page_size, memory)
+    wrong = native.deltas.patch(data, start, length, where, page_size, memory)
     if wrong is not None:
         index, reason = wrong
-        raise BadDelta(index, accel.REASONS[reason])
+        raise BadDelta(index, native.deltas.REASONS[reason])
 
 
 def _patch(  # noqa: PLR0917 - as patch()

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from whimbrel_ram import native
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -23,6 +25,10 @@ def zero_map(words: NDArray[np.uint64]) -> NDArray[np.bool_]:
 
 def zero_map_at(words: NDArray[np.uint64], pages: NDArray[np.intp]) -> NDArray[np.bool_]:
     """zero_map() of scattered rows, without copying those that the first look settles."""
+    if native.records is not None:
+        found = np.empty(len(pages), np.bool_)
+        native.records.zero(words, pages, words.shape[1] * 8, found)
+        return found
     zero: NDArray[np.bool_] = words[pages, 0] == 0
     candidates = np.flatnonzero(zero)
     if len(candidates):

@@ -95,7 +95,7 @@ class MultifdPages(StreamPages):
         self._options = options
         self._is_cancelled = is_cancelled
         self._abandon = abandon
-        self._most = PACKETS * wire.pages_of(options.page_size)
+        self._zeros = PACKETS * wire.pages_of(options.page_size)  # of a job
         self._senders: Senders | None = None
         self._receivers: Receivers | None = None
         self._find: Callable[[str], Target | None] = lambda _: None
@@ -168,7 +168,7 @@ class MultifdPages(StreamPages):
         idstr = block.block.wire_idstr
         start = out.position
         done = zero = 0
-        look = self._most
+        look = senders.most
         while done < len(pages):
             used = out.position - start + senders.waiting
             if done and budget.spent(used):
@@ -181,13 +181,13 @@ class MultifdPages(StreamPages):
             empty = some[is_zero]
             normal = some[~is_zero] if len(empty) else some
             # Zero pages are cheap to look at: more of them at once.
-            look = min(2 * look, 8 * self._most) if len(empty) == len(some) else self._most
+            look = min(2 * look, 8 * self._zeros) if len(empty) == len(some) else senders.most
             if len(empty) and legacy:
                 for buffer in self._encoder.zeros(idstr, empty):
                     out.write(buffer)
             else:
-                for i in range(0, len(empty), self._most):
-                    senders.put(Job(idstr=idstr, zero=empty[i : i + self._most]))
+                for i in range(0, len(empty), self._zeros):
+                    senders.put(Job(idstr=idstr, zero=empty[i : i + self._zeros]))
             while len(normal):  # few, where many were zero
                 self._account(out)
                 out.wait_for_turn()
@@ -202,10 +202,11 @@ class MultifdPages(StreamPages):
 
     def _step(self, out: OutStream) -> int:
         """Pages of a job: fewer where the pace is slow."""
+        most = self._open().most
         piece = None if out.pace is None else out.pace.piece
         if piece is None:
-            return self._most
-        return min(self._most, max(_FEWEST, piece // self._options.page_size))
+            return most
+        return min(most, max(_FEWEST, piece // self._options.page_size))
 
     def _zero_pages(self, block: SaveBlock, pages: NDArray[np.intp]) -> NDArray[np.bool_]:
         if self._options.zero_pages == "none":

@@ -21,6 +21,7 @@ from whimbrel.errors import (
     StreamError,
 )
 from whimbrel.wire.items import shown
+from whimbrel_ram import native
 from whimbrel_ram.multifd import packing, wire
 
 if TYPE_CHECKING:
@@ -294,8 +295,11 @@ class Receivers:
                 arrived.loose += count  # before anything is written: who seals sees it, and refuses
             if count:
                 self._put(packet, receiver)
+            more = 0
+            if len(packet.normal) and not packet.sync:
+                more = receiver.further(packet.idstr, self._targets[packet.idstr])
             with self._changed:
-                self.normal += len(packet.normal)
+                self.normal += len(packet.normal) + more
                 self.zero += len(packet.zero)
                 if packet.sync:
                     arrived.syncs += 1
@@ -349,7 +353,7 @@ class _Receiver:
         view = self._head[:n]
         got = self._fill(view)
         if 0 < got < n:
-            raise self._cut(n, got)
+            raise self._cut(n - got)
         return view if got else None
 
     def packet(self) -> wire.Packet | None:
@@ -376,22 +380,37 @@ class _Receiver:
         self.read_pages(packet, self._bytes[: n * self._page_size])
         return self._rows[:n]
 
+    def further(self, idstr: bytes, target: Target) -> int:
+        """Put the packets that follow in place, as far as the loop in C can; how many pages."""
+        if native.packets is None or not self._have_head or self._unpacker is not None:
+            return 0
+        with self._arrived.channel.lend("read") as fd:
+            if fd is None:
+                return 0
+            pages, got, missing = native.packets.receive(
+                fd, self._head, idstr, target.memory, target.fresh, self._page_size
+            )
+        self._arrived.received += got
+        self._have_head = not missing
+        if missing > len(self._head):
+            raise self._cut(missing - len(self._head))
+        return int(pages)
+
     def _read_data(self, packet: wire.Packet, into: memoryview) -> None:
         """In one call with the next header, since one must come behind pages without a sync."""
         got = self._fill(into) if packet.sync else self._fill(into, self._head)
         self._have_head = got == len(into) + len(self._head)
         if got != len(into) and not self._have_head:
-            raise self._cut(len(into), got)
+            raise self._cut(len(into) - got)
 
     def _fill(self, *views: memoryview) -> int:
         got = self._arrived.channel.recv_all(views)
         self._arrived.received += got
         return got
 
-    def _cut(self, expected: int, got: int) -> MigrationError:
+    def _cut(self, missing: int) -> MigrationError:
         return EndOfStream(
             "a multifd channel ended in the middle of a packet",
             section="ram",
-            expected=f"{expected} bytes",
-            found=got,
+            expected=f"{missing} more bytes",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -12,6 +13,7 @@ import attrs
 import numpy as np
 
 from whimbrel.errors import Cancelled, MigrationError
+from whimbrel_ram import native
 from whimbrel_ram.multifd import packing, wire
 from whimbrel_ram.multifd.wire import METHODS
 
@@ -22,14 +24,16 @@ if TYPE_CHECKING:
 
 #: Jobs that wait for one channel: one being sent, one being ready.
 _DEPTH = 2
-#: Packets of one job. What lies in one piece goes in one system call: the threads of both channels then hardly meet.
-PACKETS = 8
+#: Packets of one job at first, and at most. The more there are, the less the threads of the channels meet; but one should
+#: not take longer than some ten milliseconds, on whatever link and by whatever method.
+PACKETS, _MOST = 8, 64
+_SHORT, _LONG = 0.004, 0.016  # seconds of a job after which the next ones are longer, or shorter
 _LOOK = 0.1  # seconds between two looks for a cancel
 
 
 @attrs.frozen(kw_only=True)
 class Job:
-    """What becomes packets, PACKETS at the most."""
+    """What becomes packets."""
 
     idstr: bytes = b""
     words: NDArray[np.uint64] | None = None  # the block as rows of words
@@ -64,6 +68,8 @@ class Senders:
         self._next = 0
         self._number = 0
         self._sent = 0
+        #: Pages of a job.
+        self.most = PACKETS * wire.pages_of(page_size)
         #: Bytes of pages that were put in and have not been sent.
         self.waiting = 0
         #: Jobs that were ever put in, and those that have been sent.
@@ -154,8 +160,10 @@ class Senders:
         try:
             sender = _Sender(self._channels[index], self._page_size, self._method, self._level)
             while (job := self._take(index)) is not None:
+                began = time.monotonic()
                 size = sender.send(job, self._count(sender.packets(job)))
                 with self._changed:
+                    self._fit(len(job.normal), time.monotonic() - began)
                     self._busy[index] = False
                     self._sent += size
                     self.done += 1
@@ -168,6 +176,14 @@ class Senders:
                 self._error = self._error or error
                 self._busy[index] = False
                 self._changed.notify_all()
+
+    def _fit(self, pages: int, took: float) -> None:
+        """Make jobs as long as they should be, by how long one took."""
+        packet = wire.pages_of(self._page_size)
+        if took > _LONG:
+            self.most = max(self.most // 2, packet)
+        elif took < _SHORT and pages >= self.most:
+            self.most = min(self.most * 2, _MOST * packet)
 
     def _take(self, index: int) -> Job | None:
         with self._changed:
@@ -196,6 +212,7 @@ class _Sender:
         self._most = wire.pages_of(page_size)
         self._flags = METHODS[method]
         self._packer = packing.packer(method, level)
+        self._plain = method == "none"
         self._staging = np.empty((self._most, page_size // 8), np.uint64)
 
     def packets(self, job: Job) -> int:
@@ -204,6 +221,14 @@ class _Sender:
 
     def send(self, job: Job, first: int) -> int:
         """Packets, numbered from `first`; how many bytes they had."""
+        if native.packets is not None and self._plain and len(job.normal) and not len(job.zero):
+            with self._channel.lend("write") as fd:
+                if fd is not None:
+                    return int(
+                        native.packets.send(
+                            fd, job.idstr, job.words, job.normal, self._page_size, first
+                        )
+                    )
         size, step = 0, np.uint64(self._page_size)
         ready: list[bytes | bytearray | memoryview] = []
         for i in range(self.packets(job)):

@@ -1,0 +1,115 @@
+/* What the loops share. */
+#ifndef WHIMBREL_COMMON_H
+#define WHIMBREL_COMMON_H
+
+#include <Python.h>
+#include <errno.h>
+#include <poll.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+static inline uint64_t
+load(const uint8_t *at)
+{
+    uint64_t word;
+    memcpy(&word, at, sizeof word);
+    return word;
+}
+
+static inline uint64_t
+big_endian(uint64_t word)
+{
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    return __builtin_bswap64(word);
+#else
+    return word;
+#endif
+}
+
+static inline int
+is_page_size(Py_ssize_t size, Py_ssize_t smallest)
+{
+    return size >= smallest && !(size & (size - 1));
+}
+
+/* Page number i of a buffer of int64. */
+static inline uint64_t
+page_at(const Py_buffer *pages, size_t i)
+{
+    return load((const uint8_t *)pages->buf + 8 * i);
+}
+
+/* Whether all of them are in the memory. */
+static inline int
+are_inside(const Py_buffer *pages, const Py_buffer *memory, size_t size)
+{
+    for (size_t i = 0; i < (size_t)pages->len / 8; i++)
+        if (page_at(pages, i) >= (size_t)memory->len / size)
+            return 0;
+    return 1;
+}
+
+/* The buffers that are left when `done` bytes of them are. */
+static inline void
+advance(struct msghdr *message, size_t done)
+{
+    while (message->msg_iovlen && done >= message->msg_iov->iov_len) {
+        done -= message->msg_iov->iov_len;
+        message->msg_iov++;
+        message->msg_iovlen--;
+    }
+    if (done) {
+        message->msg_iov->iov_base = (uint8_t *)message->msg_iov->iov_base + done;
+        message->msg_iov->iov_len -= done;
+    }
+}
+
+/* Whether a call on a socket that gave -1 is to be tried again; waits until it can be. A shutdown ends the wait. */
+static inline int
+again(int fd, short events)
+{
+    if (errno == EAGAIN || errno == EWOULDBLOCK) { /* somebody else who holds the socket wants it so */
+        struct pollfd wait = {.fd = fd, .events = events};
+        return poll(&wait, 1, -1) >= 0 || errno == EINTR;
+    }
+    return errno == EINTR;
+}
+
+/* 0, or -1 with errno. */
+static inline int
+send_whole(int fd, struct iovec *pieces, size_t count)
+{
+    struct msghdr message = {.msg_iov = pieces, .msg_iovlen = count};
+    while (message.msg_iovlen) {
+        ssize_t n = sendmsg(fd, &message, MSG_NOSIGNAL);
+        if (n >= 0)
+            advance(&message, (size_t)n);
+        else if (!again(fd, POLLOUT))
+            return -1;
+    }
+    return 0;
+}
+
+/* The bytes that came, fewer at the end of the connection; -1 with errno. */
+static inline ssize_t
+receive_whole(int fd, struct iovec *pieces, size_t count)
+{
+    struct msghdr message = {.msg_iov = pieces, .msg_iovlen = count};
+    ssize_t got = 0;
+    while (message.msg_iovlen) {
+        ssize_t n = recvmsg(fd, &message, MSG_WAITALL);
+        if (n > 0) {
+            advance(&message, (size_t)n);
+            got += n;
+        }
+        else if (n == 0)
+            break;
+        else if (!again(fd, POLLIN))
+            return -1;
+    }
+    return got;
+}
+
+#endif

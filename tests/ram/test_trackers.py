@@ -1,7 +1,6 @@
 """The dirty trackers over real memory."""
 
 import ctypes
-import errno
 import mmap
 import os
 import subprocess
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 
 from whimbrel import LocalError, SettingError
-from whimbrel_ram import DirtyTracker, RAMBlock, TrackerSpec, kernelapi
+from whimbrel_ram import DirtyTracker, RAMBlock, TrackerSpec
 from whimbrel_ram.handler import page_map
 from whimbrel_ram.memory import untouched
 from whimbrel_ram.trackers import BUILT_IN, choose
@@ -34,13 +33,6 @@ needs_uffd = pytest.mark.skipif(
 TRACKERS = [pytest.param(UffdTracker, marks=needs_uffd, id="uffd-wp"), ShadowTracker]
 
 
-def start(tracker, blocks):
-    """Until all of them are watched."""
-    tracker.start(blocks)
-    for block in blocks:
-        tracker.cover(block, block.pages)
-
-
 def found(tracker, block):
     pages = page_map(tracker.sync(block), block)
     return [] if pages is None else np.flatnonzero(pages).tolist()
@@ -52,7 +44,7 @@ def test_each_write_is_found_once(make, kind):
     block = RAMBlock("ram", SIZE, memory=MEMORY[kind]())
     block.view[: 600 * 4096] = 1
     tracker = make()
-    start(tracker, [block])
+    tracker.start([block])
     try:
         assert found(tracker, block) == []
         block.buffer[5] = 2
@@ -79,7 +71,7 @@ def test_several_blocks_and_page_sizes(make):
         RAMBlock("c", 64 << 10, page_size=4096),
     ]
     tracker = make()
-    start(tracker, blocks)
+    tracker.start(blocks)
     for block in blocks:
         assert found(tracker, block) == []
         block.buffer[9000] = 1
@@ -94,77 +86,11 @@ def test_several_blocks_and_page_sizes(make):
 
 
 @needs_uffd
-def test_sending_begins_before_all_is_watched(monkeypatch):
-    """Memory without holes is protected by a thread, piece by piece."""
-    blocks = [RAMBlock(name, 1 << 20) for name in ("a", "b")]
-    for block in blocks:
-        block.view[:] = 1
-    go_on, protect = threading.Semaphore(0), kernelapi.writeprotect
-
-    def one_at_a_time(fd, start, length):
-        go_on.acquire()
-        protect(fd, start, length)
-
-    monkeypatch.setattr("whimbrel_ram.trackers.uffd._STEP", 256 << 10)
-    monkeypatch.setattr(kernelapi, "writeprotect", one_at_a_time)
-    tracker = UffdTracker()
-    tracker.start(blocks)
-    a, b = blocks
-    waited = threading.Thread(target=tracker.cover, args=(a, 65))
-    waited.start()
-    go_on.release()
-    tracker.cover(a, 64)
-    assert waited.is_alive()
-    go_on.release()
-    waited.join(10)
-    assert not waited.is_alive()
-    a.buffer[0] = a.buffer[127 << 12] = 2
-    a.buffer[255 << 12] = 2  # not watched yet: it is sent later in any case
-    go_on.release(6)
-    for block in blocks:
-        tracker.cover(block, block.pages)
-    assert found(tracker, a) == [0, 127]
-    assert found(tracker, b) == []
-    tracker.stop()
-
-
-@needs_uffd
-def test_what_cannot_be_watched_fails_when_it_is_its_turn(monkeypatch):
-    block, protect = RAMBlock("a", 1 << 20), kernelapi.writeprotect
-    block.view[:] = 1
-
-    def half(fd, start, length):
-        if start >= block.address + (512 << 10):
-            raise OSError(errno.ENOENT, "gone")
-        protect(fd, start, length)
-
-    monkeypatch.setattr("whimbrel_ram.trackers.uffd._STEP", 256 << 10)
-    monkeypatch.setattr(kernelapi, "writeprotect", half)
-    tracker = UffdTracker()
-    tracker.start([block])
-    with pytest.raises(OSError, match="gone"):
-        tracker.cover(block, block.pages)
-    assert len(found(tracker, block)) == block.pages, "what was written is not known"
-    tracker.stop()
-
-
-@needs_uffd
-def test_it_stops_while_it_begins():
-    block = RAMBlock("a", 64 << 20)
-    block.view[:] = 1
-    for _ in range(20):
-        tracker = UffdTracker()
-        tracker.start([block])
-        tracker.stop()
-        assert not any(t.name == "whimbrel-uffd" for t in threading.enumerate())
-
-
-@needs_uffd
 def test_writes_of_the_kernel_are_seen():
     block = RAMBlock("ram", SIZE)
     block.view[:] = 1
     tracker = UffdTracker()
-    start(tracker, [block])
+    tracker.start([block])
     read, write = os.pipe()
     os.write(write, b"x" * 4096)
     assert os.readv(read, [block.buffer[4096 * 9 : 4096 * 10]]) == 4096
@@ -192,7 +118,7 @@ def test_no_write_is_lost_beside_a_busy_writer(kind):
 
     thread = threading.Thread(target=write)
     tracker = UffdTracker()
-    start(tracker, [block])
+    tracker.start([block])
     first = tracker.untouched(block)
     thread.start()
     try:
@@ -217,7 +143,7 @@ def test_no_write_is_lost_beside_a_busy_writer(kind):
 def test_a_lost_tracker_sends_everything():
     block = RAMBlock("ram", SIZE)
     tracker = UffdTracker()
-    start(tracker, [block])
+    tracker.start([block])
     os.close(tracker._uffd)
     assert found(tracker, block) == list(range(PAGES))
     tracker._uffd = -1
@@ -228,7 +154,7 @@ def test_a_lost_tracker_sends_everything():
 def test_a_second_userfaultfd_is_named():
     block = RAMBlock("ram", SIZE)
     tracker = UffdTracker()
-    start(tracker, [block])
+    tracker.start([block])
     assert "another userfaultfd" in probe([block])
     tracker.stop()
     assert probe([block]) is None
@@ -249,7 +175,7 @@ def test_a_mapped_file_is_tracked_too(tmp_path):
     if (reason := probe([block])) is not None:
         pytest.skip(reason)
     tracker = UffdTracker()
-    start(tracker, [block])
+    tracker.start([block])
     assert tracker.untouched(block) is None
     block.buffer[4096] = 1
     assert found(tracker, block) == [1]
@@ -290,7 +216,7 @@ def test_untouched_as_of_the_start(make, kind):
     block = RAMBlock("ram", SIZE, memory=MEMORY[kind]())
     block.rows[10:20] = 1
     tracker = make()
-    start(tracker, [block])
+    tracker.start([block])
     before = tracker.untouched(block)
     if before is None:
         assert kind == "shared"
@@ -308,7 +234,7 @@ def test_tracking_takes_no_memory_for_untouched_pages(kind):
         "ram", 64 << 20, memory=None if kind == "memfd" else mmap.mmap(-1, 64 << 20, flags=PRIVATE)
     )
     tracker = UffdTracker()
-    start(tracker, [block])
+    tracker.start([block])
     for _ in range(3):
         assert found(tracker, block) == []
     block.buffer[0] = 1
@@ -325,7 +251,7 @@ def test_the_shadow_is_what_is_sent():
     block = RAMBlock("ram", 8192)
     block.view[:] = 1
     tracker = ShadowTracker()
-    start(tracker, [block])
+    tracker.start([block])
     source = tracker.source(block)
     block.view[:4096] = 2
     assert (source == 1).all()
@@ -343,7 +269,7 @@ def test_the_shadow_sees_pages_that_were_given_back():
     block = RAMBlock("ram", memory=memory)
     block.rows[4:8] = 5
     tracker = ShadowTracker()
-    start(tracker, [block])
+    tracker.start([block])
     memory.madvise(mmap.MADV_DONTNEED, 5 * 4096, 4096)
     assert found(tracker, block) == [5]
     assert not tracker.source(block)[5].any()
@@ -475,7 +401,6 @@ for memory in (None, mmap.mmap(-1, 1 << 20), mmap.mmap(-1, 1 << 20, flags=flags)
     assert reason is None, reason
     tracker = UffdTracker()
     tracker.start([block])
-    tracker.cover(block, block.pages)
     block.buffer[4096 * 5] = 1
     assert np.flatnonzero(tracker.sync(block)).tolist() == [5]
     tracker.stop()
@@ -496,7 +421,7 @@ def test_ctypes_memory_can_be_compared():
     memory = (ctypes.c_uint8 * 8192)()
     block = RAMBlock("ram", memory=memory)
     tracker = ShadowTracker()
-    start(tracker, [block])
+    tracker.start([block])
     memory[4096] = 7
     assert found(tracker, block) == [1]
     tracker.stop()

@@ -277,6 +277,18 @@ class InStream(_Latched):
     def u64(self) -> int:
         return int(_U64.unpack(self.read(8))[0])
 
+    def run(self, loop: Callable[[int, memoryview, int, int], tuple[int, int, int]]) -> None:
+        """Let native code go on by itself, where the channel has a socket to lend. loop(fd, buffer, start, end) takes from
+        what lies in the buffer from start to end, receives more into it, and returns where start and end are then and how
+        many bytes were taken. An end of the channel it leaves to the next who reads.
+        """
+        if self._tap is not None or self.deadline is not None:
+            return
+        with self._latch(), self.channel.lend("read") as fd:
+            if fd is not None:
+                self._start, self._end, taken = loop(fd, self._view, self._start, self._end)
+                self._consumed += taken
+
     def _refill(self, need: int) -> None:
         if need > self._capacity:
             raise ValueError(f"{need} bytes do not fit the buffer of {self._capacity}")

@@ -5,12 +5,10 @@
  * is left to the caller as it came, and nothing that it says is believed before it was compared with the block.
  */
 #include "common.h"
-#include <time.h>
 
 enum { MAGIC = 0x11223344, VERSION = 1, FIXED = 320, IDSTR = 64, IDSTR_SIZE = 256, PACKET = 512 << 10 };
 enum { AT_FLAGS = 8, AT_ALLOC = 12, AT_NORMAL = 16, AT_NEXT = 20, AT_NUMBER = 24, AT_ZERO = 32 };
 #define SMALLEST 1024 /* page of any target; with smaller ones a packet would have more pieces than a call may */
-#define TURN 20000000 /* ns after which received packets are told of */
 
 static void
 put(uint8_t *at, uint64_t value, int size)
@@ -28,14 +26,6 @@ get(const uint8_t *at, int size)
     for (int i = 0; i < size; i++)
         value = value << 8 | at[i];
     return value;
-}
-
-static int64_t
-now(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
 static size_t

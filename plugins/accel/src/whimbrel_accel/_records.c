@@ -8,6 +8,7 @@
 
 enum { ZERO = 0x02, PAGE = 0x08, CONTINUE = 0x20 };
 #define SMALLEST 64 /* page that leaves room for the flags */
+#define ALIGNMENT 64 /* to which the kernel copies fastest */
 #define AHEAD 16    /* pages, asked of memory before they are looked at */
 #define AT_ONCE 512 /* pages of one system call, which takes no more than 1024 pieces */
 
@@ -129,49 +130,129 @@ done:
     return result;
 }
 
+/* A block that records are taken into. */
+struct target {
+    uint8_t *memory, *fresh;
+    size_t pages, size;
+    Py_ssize_t normal, zero; /* that were taken */
+};
+
+/* Whether what is there of a record, 8 bytes at least, is of one that is taken once it is whole. */
+static int
+is_ours(const uint8_t *at, size_t have, const struct target *target)
+{
+    uint64_t word = big_endian(load(at)), flags = word & (target->size - 1);
+    if (word / target->size >= target->pages)
+        return 0;
+    return flags == (PAGE | CONTINUE) || (flags == (ZERO | CONTINUE) && (have < 9 || !at[8]));
+}
+
+/* Takes the records at the front; the bytes of them. */
+static size_t
+take_some(const uint8_t *at, size_t have, struct target *target)
+{
+    const uint8_t *start = at, *end = at + have;
+    size_t size = target->size;
+    while (end - at >= 9 && is_ours(at, (size_t)(end - at), target)) {
+        uint64_t word = big_endian(load(at)), page = word / size;
+        uint8_t *into = target->memory + page * size;
+        if (word & PAGE) {
+            if ((size_t)(end - at) < 8 + size)
+                break;
+            memcpy(into, at + 8, size);
+            target->fresh[page] = 0;
+            target->normal++;
+            at += 8 + size;
+        }
+        else {
+            /* Zero is only written where something else is: looking at a fresh page would take memory of the host. */
+            if (!target->fresh[page] && !is_zero(into, size))
+                memset(into, 0, size);
+            target->zero++;
+            at += 9;
+        }
+    }
+    return (size_t)(at - start);
+}
+
+/* 0, with an exception, for buffers that do not fit each other. */
+static int
+set_target(struct target *target, const Py_buffer *memory, const Py_buffer *fresh, Py_ssize_t page_size)
+{
+    if (!is_page_size(page_size, SMALLEST) || memory->len % page_size || fresh->len != memory->len / page_size) {
+        PyErr_SetString(PyExc_ValueError, "buffers that do not fit each other");
+        return 0;
+    }
+    *target = (struct target){memory->buf, fresh->buf, (size_t)fresh->len, (size_t)page_size, 0, 0};
+    return 1;
+}
+
 static PyObject *
 take(PyObject *module, PyObject *args)
 {
     Py_buffer data, memory, fresh;
     Py_ssize_t page_size;
+    struct target target;
     (void)module;
     if (!PyArg_ParseTuple(args, "y*w*w*n", &data, &memory, &fresh, &page_size))
         return NULL;
     PyObject *result = NULL;
-    size_t size = (size_t)page_size, pages = (size_t)memory.len / size;
-    if (!is_page_size(page_size, SMALLEST) || (size_t)memory.len % size || (size_t)fresh.len != pages) {
-        PyErr_SetString(PyExc_ValueError, "buffers that do not fit each other");
+    if (set_target(&target, &memory, &fresh, page_size)) {
+        size_t taken = take_some(data.buf, (size_t)data.len, &target);
+        result = Py_BuildValue("nnn", (Py_ssize_t)taken, target.normal, target.zero);
+    }
+    PyBuffer_Release(&data);
+    PyBuffer_Release(&memory);
+    PyBuffer_Release(&fresh);
+    return result;
+}
+
+static PyObject *
+receive(PyObject *module, PyObject *args)
+{
+    int fd;
+    Py_buffer buffer, memory, fresh;
+    Py_ssize_t start, end, page_size;
+    struct target target;
+    (void)module;
+    if (!PyArg_ParseTuple(args, "iw*nnw*w*n", &fd, &buffer, &start, &end, &memory, &fresh, &page_size))
+        return NULL;
+    PyObject *result = NULL;
+    if (!set_target(&target, &memory, &fresh, page_size))
+        goto done;
+    if (start < 0 || start > end || end > buffer.len || buffer.len < 2 * (8 + page_size)) {
+        PyErr_SetString(PyExc_ValueError, "a place outside of the buffer");
         goto done;
     }
-    const uint8_t *at = data.buf, *end = at + data.len;
-    uint8_t *is_fresh = fresh.buf;
-    Py_ssize_t normal = 0, zero = 0;
-    while (end - at >= 9) {
-        uint64_t word = big_endian(load(at)), flags = word & (size - 1), page = word / size;
-        uint8_t *into = (uint8_t *)memory.buf + page * size;
-        if (page >= pages)
+    uint8_t *data = buffer.buf;
+    Py_ssize_t taken = 0;
+    ssize_t n = 1;
+    PyThreadState *state = PyEval_SaveThread();
+    int64_t until = now() + TURN;
+    for (;;) {
+        Py_ssize_t some = (Py_ssize_t)take_some(data + start, (size_t)(end - start), &target);
+        start += some;
+        taken += some;
+        Py_ssize_t rest = end - start, front = -rest & (ALIGNMENT - 1);
+        if ((rest >= 8 && !is_ours(data + start, (size_t)rest, &target)) || now() > until)
             break;
-        if (flags == (PAGE | CONTINUE)) {
-            if ((size_t)(end - at) < 8 + size)
-                break;
-            memcpy(into, at + 8, size);
-            is_fresh[page] = 0;
-            at += 8 + size;
-            normal++;
-        }
-        else if (flags == (ZERO | CONTINUE) && !at[8]) {
-            /* Zero is only written where something else is: looking at a fresh page would take memory of the host. */
-            if (!is_fresh[page] && !is_zero(into, size))
-                memset(into, 0, size);
-            at += 9;
-            zero++;
-        }
-        else
+        memmove(data + front, data + start, (size_t)rest);
+        start = front;
+        end = front + rest;
+        do
+            n = recv(fd, data + end, (size_t)(buffer.len - end), 0);
+        while (n < 0 && again(fd, POLLIN));
+        if (n <= 0)
             break;
+        end += n;
     }
-    result = Py_BuildValue("nnn", (Py_ssize_t)(at - (const uint8_t *)data.buf), normal, zero);
+    PyEval_RestoreThread(state);
+    if (n < 0)
+        PyErr_SetFromErrno(PyExc_OSError);
+    else
+        result = Py_BuildValue("nnnnn", start, end, taken, target.normal, target.zero);
 done:
-    PyBuffer_Release(&data);
+    PyBuffer_Release(&buffer);
     PyBuffer_Release(&memory);
     PyBuffer_Release(&fresh);
     return result;
@@ -182,6 +263,8 @@ static PyMethodDef methods[] = {
     {"send", send_records, METH_VARARGS, "send(fd, memory, pages, page_size) -> bytes sent"},
     {"zero", zero, METH_VARARGS, "zero(memory, pages, page_size, out): which of them are zero"},
     {"take", take, METH_VARARGS, "take(data, memory, fresh, page_size) -> (bytes taken, pages, zero pages)"},
+    {"receive", receive, METH_VARARGS,
+     "receive(fd, buffer, start, end, memory, fresh, page_size) -> (start, end, bytes taken, pages, zero pages)"},
     {NULL, NULL, 0, NULL},
 };
 

@@ -24,3 +24,13 @@ def zero(memory: Any, pages: Any, page_size: int, out: Any) -> None: ...
 # looked at; a page that was put in place is no longer. Returns the bytes taken, and how many pages of either kind that was.
 # Raises ValueError for buffers that do not fit each other.
 def take(data: Any, memory: Any, fresh: Any, page_size: int) -> tuple[int, int, int]: ...
+
+# Take such records from a buffer, and receive more into it, without the GIL, for some 20 ms or until another kind of record
+# comes, or the end.
+#
+# fd: a socket. buffer: writable, with room for two records at least; what was received and not taken lies in it from start to
+# end. memory, fresh: see take(). Returns where start and end are then, the bytes taken, and how many pages of either kind that
+# was. Raises OSError, and ValueError for buffers that do not fit each other.
+def receive(
+    fd: int, buffer: Any, start: int, end: int, memory: Any, fresh: Any, page_size: int
+) -> tuple[int, int, int, int, int]: ...

@@ -9,6 +9,9 @@
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
+#include <time.h>
+
+#define TURN 20000000 /* ns after which what was received is told of */
 
 static inline uint64_t
 load(const uint8_t *at)
@@ -26,6 +29,14 @@ big_endian(uint64_t word)
 #else
     return word;
 #endif
+}
+
+static inline int64_t
+now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
 static inline int

@@ -23,6 +23,8 @@ from whimbrel_ram.target import Target
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from whimbrel.stream import InStream
+
 _DELTA = struct.Struct(">BH")
 #: Pages of at least this size are received straight into place instead of through the read buffer.
 DIRECT_PAGE = 64 << 10
@@ -66,9 +68,7 @@ class Decoder:
         self._block: Target | None = None
         self._mask = page_size - 1
         self._direct = page_size >= DIRECT_PAGE
-        self._take: Callable[..., tuple[int, int, int]] | None = None
-        if native.records is not None and not self._direct:
-            self._take = native.records.take
+        self._native = None if self._direct else native.records
         self._kind = -1  # what the last record was, and how many like it came in a row
         self._streak = 0
         self._patience = self._STREAK
@@ -105,7 +105,7 @@ class Decoder:
             head = 8
             if flags & CONTINUE:
                 block = self._same_block(flags, position + offset)
-                if self._take is not None and (taken := self._taken(block, buffer[offset:])):
+                if self._native is not None and (taken := self._taken(block, buffer[offset:])):
                     offset += taken
                     continue
             else:
@@ -146,11 +146,31 @@ class Decoder:
 
     def _taken(self, block: Target, buffer: memoryview) -> int:
         """Let the loop in C take what it can of the records of this block; their bytes."""
-        assert self._take is not None
-        taken, normal, zero = self._take(buffer, block.memory, block.fresh, self.page_size)
+        assert self._native is not None
+        taken, normal, zero = self._native.take(buffer, block.memory, block.fresh, self.page_size)
         self.normal += normal
         self.duplicate += zero
         return int(taken)
+
+    def receive(self, inp: InStream) -> bool:
+        """Let the loop in C receive and take records of the block that is being received, while nothing else comes. False:
+        it took none.
+        """
+        if self._native is None or self._block is None:
+            return False
+        before = inp.position
+        receive, block = self._native.receive, self._block
+
+        def loop(fd: int, buffer: memoryview, start: int, end: int) -> tuple[int, int, int]:
+            start, end, taken, normal, zero = receive(
+                fd, buffer, start, end, block.memory, block.fresh, self.page_size
+            )
+            self.normal += normal
+            self.duplicate += zero
+            return start, end, taken
+
+        inp.run(loop)
+        return inp.position > before
 
     # ---- single records
 

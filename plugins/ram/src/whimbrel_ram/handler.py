@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -131,8 +130,14 @@ class RamHandler(LiveSaveVMHandler):
         for block in blocks:
             block.start_marks()
         self._tracker = tracker = spec.create()
-        with self._tracker_errors():
+        try:
             tracker.start(blocks)
+        except OSError as error:
+            raise LocalError(
+                f"dirty tracker '{spec.name}' cannot start: {error}",
+                section="ram",
+                hint="Choose another one by the parameter dirty-tracker",
+            ) from error
         self._saved = [
             SaveBlock(b, i, as_words(tracker.source(b)), tracker.untouched(b))
             for i, b in enumerate(blocks)
@@ -146,17 +151,6 @@ class RamHandler(LiveSaveVMHandler):
         self._pages = self._page_transport(out.channel)
         self._pages.begin(self._saved, out)
         out.write(EOS_RECORD)
-
-    @contextlib.contextmanager
-    def _tracker_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise LocalError(
-                f"dirty tracker '{self.tracker_name}' cannot start: {error}",
-                section="ram",
-                hint="Choose another one by the parameter dirty-tracker",
-            ) from error
 
     def _page_transport(self, channel: Channel) -> PageTransport:
         found = channel.extension(PageTransport)
@@ -220,10 +214,9 @@ class RamHandler(LiveSaveVMHandler):
         return done
 
     def _send_dirty(self, out: OutStream, budget: Budget, phase: Phase) -> bool:
-        pages, stats, tracker = self._pages, self._stats, self._tracker
+        pages, stats = self._pages, self._stats
         assert pages is not None
         assert stats is not None
-        assert tracker is not None
         stopped = phase is Phase.COMPLETE or not self._running()
         start = out.position
         while stats.remaining_pages > 0:
@@ -243,8 +236,6 @@ class RamHandler(LiveSaveVMHandler):
                 cancelled=budget.cancelled,
             )
             before = out.position
-            with self._tracker_errors():
-                tracker.cover(self._saved[index].block, int(window[-1]) + 1)
             sent = pages.send(self._saved[index], window, out, left)
             if not 0 < sent.pages <= len(window):
                 raise LocalError(
@@ -369,7 +360,7 @@ class RamHandler(LiveSaveVMHandler):
             inp.consume(taken)
             need = 8
             if event is Event.MORE:
-                need = decoder.need
+                need = 8 if decoder.receive(inp) else decoder.need
             elif event is Event.EOS:
                 pages.on_record(PageFlag.EOS, inp)
                 return

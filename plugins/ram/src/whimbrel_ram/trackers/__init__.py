@@ -27,20 +27,13 @@ AUTO = "auto"
 class DirtyTracker(abc.ABC):
     """Watches the blocks of one migration. All methods are called by the migration's thread, start() first.
 
-    At first all pages are to be sent. A page that is written at any time after cover() told of it must be in what the next
-    sync() returns, or in a later one when the write happens during sync(). A page too many costs its sending; a page too few
-    is lost memory.
+    A page that is written at any time after start() must be in what the next sync() returns, or in a later one when the
+    write happens during sync(). A page too many costs its sending; a page too few is lost memory.
     """
 
     @abc.abstractmethod
     def start(self, blocks: Sequence[RAMBlock]) -> None:
-        """Begin to watch. May raise LocalError or OSError: the migration then fails, and stop() is called."""
-
-    def cover(self, block: RAMBlock, end: int) -> None:
-        """Return once the pages below `end` are watched: one of them may be read next, for the first time. Raises as start().
-
-        For a tracker that goes on beginning to watch behind start(), so that sending need not wait until it watches all.
-        """
+        """Watch from now on. May raise LocalError or OSError: the migration then fails, and stop() is called."""
 
     @abc.abstractmethod
     def sync(self, block: RAMBlock) -> NDArray[Any] | None:

@@ -12,7 +12,6 @@ import errno
 import logging
 import mmap
 import os
-import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -26,9 +25,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 log = logging.getLogger("whimbrel.ram")
-
-#: Bytes that are protected in one call.
-_STEP = 16 << 20
 
 
 def probe(blocks: Sequence[RAMBlock]) -> str | None:
@@ -98,23 +94,12 @@ def _probe_blocks(uffd: int, blocks: Sequence[RAMBlock]) -> str | None:
 
 
 class UffdTracker(DirtyTracker):
-    """One userfaultfd for all blocks. Only one consumer can collect: whoever scans clears what he saw.
-
-    To protect memory takes 10 to 30 ms per GiB that is in use. Where no hole has to be told from it at the same time, a thread
-    does that ahead of the sending.
-    """
+    """One userfaultfd for all blocks. Only one consumer can collect: whoever scans clears what he saw."""
 
     def __init__(self) -> None:
         self._uffd = -1
         self._scan: kernelapi.PagemapScan | None = None
         self._untouched: dict[str, NDArray[np.bool_] | None] = {}
-        self._changed = threading.Condition()
-        self._covered: dict[
-            str, int
-        ] = {}  # bytes from the front, of the blocks that the thread protects
-        self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
-        self._stopping = False
 
     def start(self, blocks: Sequence[RAMBlock]) -> None:
         self._uffd = kernelapi.open_uffd(kernelapi.WP_FEATURES)
@@ -127,50 +112,15 @@ class UffdTracker(DirtyTracker):
                 absent = self._scan.protect_absent(block.address, block.size)
                 written = self._scan.take_written(block.address, block.size)
                 self._untouched[block.idstr] = per_page(block, absent & ~written, every=True)
-            elif untouched(block) is None:
-                self._untouched[block.idstr] = None
-                self._covered[block.idstr] = 0
             else:
-                kernelapi.writeprotect(self._uffd, block.address, block.size)
+                self._scan.protect(block.address, block.size)
                 self._untouched[block.idstr] = untouched(block)
-        if self._covered:
-            ahead = [block for block in blocks if block.idstr in self._covered]
-            self._thread = threading.Thread(
-                target=self._protect, args=(ahead,), name="whimbrel-uffd", daemon=True
-            )
-            self._thread.start()
-
-    def _protect(self, blocks: Sequence[RAMBlock]) -> None:
-        """The thread."""
-        for block in blocks:
-            for offset in range(0, block.size, _STEP):
-                size = min(_STEP, block.size - offset)
-                error = None
-                try:
-                    kernelapi.writeprotect(self._uffd, block.address + offset, size)
-                except OSError as failed:
-                    error = failed
-                with self._changed:
-                    self._covered[block.idstr] = offset + size
-                    self._error = error
-                    self._changed.notify_all()
-                    if error is not None or self._stopping:
-                        return
-
-    def cover(self, block: RAMBlock, end: int) -> None:
-        size = end * block.page_size
-        with self._changed:
-            while self._error is None and self._covered.get(block.idstr, size) < size:
-                self._changed.wait()
-            if self._error is not None:
-                raise self._error
 
     def sync(self, block: RAMBlock) -> NDArray[np.bool_] | None:
         import numpy as np
 
         assert self._scan is not None
         try:
-            self.cover(block, block.pages)
             written = self._scan.take_written(block.address, block.size)
         except OSError as error:
             # Somebody closed the userfaultfd, or mapped something else over the memory. What was written is not known.
@@ -186,11 +136,6 @@ class UffdTracker(DirtyTracker):
         return self._untouched[block.idstr]
 
     def stop(self) -> None:
-        with self._changed:
-            self._stopping = True
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
         if self._scan is not None:
             self._scan.close()
             self._scan = None

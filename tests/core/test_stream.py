@@ -1,10 +1,16 @@
 """The stream: position, small and large writes, reading ahead, and the first error, which stays."""
 
+import errno
+import os
+import socket
+import time
+
 import pytest
 from hypothesis import given, strategies as st
 
 from whimbrel import ChannelError, DeadlineExceeded, EndOfStream, InStream, OutStream
 from whimbrel.channel import MemoryChannel
+from whimbrel.descriptors import DescriptorChannel
 
 
 class Trickle(MemoryChannel):
@@ -134,6 +140,57 @@ def test_a_lent_descriptor_counts():
         assert out.channel.data == b"head"
         out.account(100)
     assert out.position == 104
+
+
+def test_native_code_goes_on_with_what_was_buffered():
+    one, other = socket.socketpair()
+    with other, DescriptorChannel(sock=one) as channel:
+        inp = InStream(channel)
+        other.sendall(b"abcdef")
+        assert inp.u8() == ord("a")
+        seen = []
+
+        def loop(fd, buffer, start, end):
+            seen.append(bytes(buffer[start:end]))
+            buffer[0:3] = os.read(fd, 3)
+            return 1, 3, 7
+
+        other.sendall(b"ghi")
+        inp.run(loop)
+        assert seen == [b"bcdef"]
+        assert inp.position == 8
+        assert inp.read(2) == b"hi"
+
+
+def test_native_code_is_left_out_where_bytes_are_looked_at_or_awaited_in_time():
+    def loop(*_):
+        raise AssertionError
+
+    InStream(MemoryChannel(b"a")).run(loop)
+    one, other = socket.socketpair()
+    with other, DescriptorChannel(sock=one) as channel:
+        InStream(channel, tap=print).run(loop)
+        inp = InStream(channel)
+        inp.deadline = time.monotonic() + 1
+        inp.run(loop)
+
+
+def test_an_error_of_native_code_is_one_of_the_stream():
+    one, other = socket.socketpair()
+    with other, DescriptorChannel(sock=one, name="there") as channel:
+        for stream in (InStream(channel), OutStream(channel)):
+
+            def fail(*_):
+                raise BrokenPipeError(errno.EPIPE, "broken")
+
+            with pytest.raises(ChannelError, match="there: .* failed: broken"):
+                if isinstance(stream, InStream):
+                    stream.run(fail)
+                else:
+                    with stream.lend():
+                        fail()
+            with pytest.raises(ChannelError, match="there: .* failed: broken"):
+                stream.check()
 
 
 def test_integers_are_big_endian():

@@ -250,6 +250,114 @@ def test_a_shutdown_ends_what_waits(ends):
                 result.result(10)
 
 
+class Records:
+    """A block between canaries, a read buffer, and the socket that its records come from."""
+
+    def __init__(self, slow, sock, capacity=4 * (8 + BIG)):
+        self.sock = sock
+        self.space = slow.Fenced(40 * BIG)
+        self.space.memory[:] = 7
+        self.fresh = bytearray(40)
+        self.buffer = bytearray(capacity)
+        self.start = self.end = 0
+
+    def receive(self):
+        """Bytes taken, pages and zero pages; what is left is in `rest`."""
+        self.start, self.end, *told = native.records.receive(
+            *(self.sock.fileno(), self.buffer, self.start, self.end),
+            *(self.space.memory, self.fresh, BIG),
+        )
+        self.space.check()
+        return tuple(told)
+
+    @property
+    def rest(self):
+        return bytes(self.buffer[self.start : self.end])
+
+    @property
+    def rows(self):
+        return self.space.memory.reshape(40, BIG)
+
+
+def record(page, data):
+    flags = 0x20 | (0x02 if len(data) == 1 else 0x08)
+    return struct.pack(">Q", page * BIG | flags) + data
+
+
+def test_records_are_received_until_another_comes(ends, slow, block):
+    """More than the buffer holds, in pieces that end anywhere."""
+    here = Records(slow, ends[1])
+    here.fresh[30] = 1
+    data = b"".join(record(i, block[i].tobytes()) for i in range(20))
+    data += record(25, b"\0") + record(30, b"\0") + record(3, block[5].tobytes())
+    other = struct.pack(">Q", 0x10)
+
+    def send():
+        for i in range(0, len(data), 5000):
+            ends[0].sendall(data[i : i + 5000])
+        ends[0].sendall(other)
+
+    sending = in_background(send)
+    told = np.zeros(3, int)
+    while here.rest != other:
+        told += here.receive()
+    sending.result(10)
+    assert told.tolist() == [len(data), 21, 2]
+    expected = np.full((40, BIG), 7, np.uint8)
+    expected[:20], expected[3], expected[25] = block[:20], block[5], 0
+    assert np.array_equal(here.rows, expected), "a page that is known to be zero is not written"
+    assert here.receive() == (0, 0, 0)
+
+
+def test_the_end_is_left_to_the_next_who_reads(ends, slow, block):
+    here = Records(slow, ends[1])
+    whole = record(1, block[1].tobytes())
+    ends[0].sendall(whole + whole[:100])
+    ends[0].shutdown(socket.SHUT_WR)
+    assert here.receive() == (len(whole), 1, 0)
+    assert here.rest == whole[:100]
+    assert here.receive() == (0, 0, 0)
+    assert ends[1].recv(1) == b""
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        *(record(40, b"\0"), record((1 << 52) - 1, b"\0"), record(0, b"\1")),
+        *(
+            struct.pack(">Q", BIG | flags)
+            for flags in (0x08, 0x02, 0x48 | 0x20, 0x2A, 0x28 | 0x200)
+        ),
+    ],
+)
+def test_what_is_no_such_record_is_left_as_it_came(ends, slow, other):
+    here = Records(slow, ends[1])
+    other += bytes(20)
+    ends[0].sendall(record(2, b"\0") + other)
+    assert here.receive() == (9, 0, 1)
+    assert here.rest == other
+    assert (np.delete(here.rows, 2, axis=0) == 7).all()
+
+
+def test_a_record_that_is_there_in_part_is_waited_for_and_a_shutdown_ends_that(ends, slow):
+    here = Records(slow, ends[1])
+    ends[0].sendall(record(1, bytes(BIG))[:9])
+    result = in_background(here.receive)
+    ends[1].shutdown(socket.SHUT_RDWR)
+    assert result.result(10) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("place", [(-1, 0), (2, 1), (0, 1 << 20), (1 << 62, 1 << 62)])
+def test_a_place_outside_of_the_buffer_is_refused(ends, slow, place):
+    here = Records(slow, ends[1])
+    here.start, here.end = place
+    with pytest.raises(ValueError, match="outside of the buffer"):
+        here.receive()
+    here = Records(slow, ends[1], capacity=2 * (8 + BIG) - 1)
+    with pytest.raises(ValueError, match="outside of the buffer"):
+        here.receive()
+
+
 def packet(pages, number=1, **changed):
     facts = {"idstr": b"ram", "size": len(pages) * BIG, "flags": 0, **changed}
     return wire.Packet(number=number, normal=np.array(pages, np.uint64) * np.uint64(BIG), **facts)

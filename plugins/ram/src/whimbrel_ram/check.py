@@ -74,6 +74,7 @@ class _CheckingDecoder(Decoder):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._direct = False  # a page is looked at in the buffer, and not put anywhere
+        self._native = None
 
 
 class RamChecker(RamHandler):

@@ -19,6 +19,7 @@ test machines are busy: a transport that hangs is found, one that is slow is not
 from __future__ import annotations
 
 import contextlib
+import errno
 import gc
 import hashlib
 import os
@@ -650,6 +651,32 @@ class TransportSuite:
             select.select([fd], [], [], self.patience)
             got += os.read(fd, len(expected) - len(got))
         assert got == expected
+
+    def test_what_is_lent_is_a_socket_that_writes_and_reads_the_same(self, pair: Pair) -> None:
+        with pair.source.lend("write") as to, pair.destination.lend("read") as fro:
+            if to is None or fro is None:
+                pytest.skip("there is none")
+            with (
+                socket.socket(fileno=os.dup(to)) as one,
+                socket.socket(fileno=os.dup(fro)) as other,
+            ):
+                one.sendall(b"lent ")
+                assert other.recv(5, socket.MSG_WAITALL) == b"lent "
+        pair.source.send([b"sent"])
+        assert read_exactly(pair.destination, 4) == b"sent"
+
+    def test_abort_ends_a_call_on_what_is_lent(self, pair: Pair) -> None:
+        def read_for_ever() -> None:
+            with pair.destination.lend("read") as fd:
+                assert fd is not None
+                with socket.socket(fileno=os.dup(fd)) as sock:
+                    sock.recv(1)
+                raise OSError(errno.EIO, "ended")
+
+        with pair.destination.lend("read") as fd:
+            if fd is None:
+                pytest.skip("there is none")
+        self._aborted(pair.destination, read_for_ever)
 
     # ---- listening and connecting
 

@@ -17,6 +17,8 @@ from lab import Lab, available
 from qemus import Pair
 from results import Check, Curve, Measure
 
+from whimbrel_ram import native
+
 MIB = 1 << 20
 GIB = 1 << 30
 #: 1 Gbit/s, in bytes per second.
@@ -29,7 +31,7 @@ def rate(size: int, told: dict[str, Any]) -> float:
 
 
 def throughput(lab: Lab, content: str, channel: str, multifd: int = 0) -> Measure:
-    """Ours, QEMU's, the raw sockets', and for one channel our bare loop's."""
+    """Ours, QEMU's, the raw sockets', for one channel our bare loop's, and ours by numpy alone."""
     sides, pairs = lab.warm(content)
     both = {"multifd": True, "multifd-channels": multifd} if multifd else {}
     over = f", multifd {multifd}" if multifd else ""
@@ -39,8 +41,8 @@ def throughput(lab: Lab, content: str, channel: str, multifd: int = 0) -> Measur
         unit="GB/s",
     )
 
-    def ours() -> float:
-        return rate(lab.size, sides.ours(lab.uri(channel), both=both))
+    def ours(accel: bool = True) -> float:
+        return rate(lab.size, sides.ours(lab.uri(channel), both=both, accel=accel))
 
     def bare(way: str, sockets: int) -> float:
         return rate(lab.size, sides.bare(way, lab.uri(channel), sockets))
@@ -52,8 +54,10 @@ def throughput(lab: Lab, content: str, channel: str, multifd: int = 0) -> Measur
     if not multifd:
         ways["loop"] = partial(bare, "loop", 1)
     ways["raw"] = partial(bare, "raw", multifd or 1)
+    if native.records is not None:
+        ways["numpy"] = partial(ours, False)
     ways |= {name: partial(peer, pair) for name, pair in pairs.items()}
-    for way in ("ours", "loop") if "loop" in ways else ("ours",):
+    for way in {"ours", "loop", "numpy"} & set(ways):
         sides.destination("fill", "random" if content == "zero" else "zero")
         ways[way]()
         if not sides.destination("same", content):
@@ -69,6 +73,7 @@ def random(lab: Lab) -> Iterator[Measure]:
         for peer in measure.peers:
             measure.compare(peer, 1.1 if channel == "tcp" else 1.0, kind="aim")
         measure.compare("raw")
+        measure.compare("numpy")
         yield measure
 
 
@@ -78,6 +83,7 @@ def zero(lab: Lab) -> Iterator[Measure]:
         for peer in measure.peers:
             measure.compare(peer, 0.8, kind="aim")
         measure.compare("loop")
+        measure.compare("numpy")
         yield measure
 
 
@@ -87,6 +93,7 @@ def multifd(lab: Lab) -> Iterator[Measure]:
         measure.compare("raw", 0.85, kind="must")
         for peer in measure.peers:
             measure.compare(peer, 1.2, kind="aim")
+        measure.compare("numpy")
         yield measure
 
 

@@ -33,6 +33,8 @@ from whimbrel_ram.zero import as_words, zero_map, zero_map_at
 
 CHUNK = 1 << 20
 PAGE = 4096
+#: The loops in C, by their names in whimbrel_ram.native; None where they are not here.
+LOOPS = {name: getattr(native, name) for name in ("deltas", "packets", "records")}
 
 
 def fill(memory: np.ndarray, content: str) -> None:
@@ -57,6 +59,11 @@ class RamSide:
         self._sockets: list[socket.socket] = []
         self._writer: Writer | None = None
         self._written = 0.0  # bytes of pages per second
+
+    def accel(self, on: bool) -> None:
+        """With the loops of whimbrel-accel from now on, where they are here, or without."""
+        for name, loops in LOOPS.items():
+            setattr(native, name, loops if on else None)
 
     def fill(self, content: str) -> None:
         for block in self.blocks:
@@ -302,8 +309,17 @@ class Sides:
         both: dict[str, Any] | None = None,
         source: dict[str, Any] | None = None,
         patience: float = PATIENCE,
+        accel: bool = True,
     ) -> dict[str, Any]:
-        """A migration. both, source: settings by name."""
+        """A migration. both, source: settings by name. accel: with the loops in C, where they are here."""
+        if not accel:
+            for side in (self.source, self.destination):
+                side("accel", False)
+            try:
+                return self.ours(uri, both=both, source=source, patience=patience)
+            finally:
+                for side in (self.source, self.destination):
+                    side("accel", True)
         address = self.destination("listen", uri, both or {})
         received = self.destination.start("received")
         settings = {**(both or {}), **(source or {})}

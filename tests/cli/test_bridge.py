@@ -6,11 +6,14 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import uuid
 from pathlib import Path
 
 import pytest
 
+from whimbrel import LocalError
+from whimbrel_cli import incoming
 from whimbrel_cli.monitor import Monitor, Refused
 from whimbrel_testing.peers import PATIENCE, wait_until
 from whimbrel_testing.qemu_guest import check_count, counting_guest, last_number, wait_counting
@@ -94,7 +97,8 @@ class Child:
         """Wait for its end: the last line of its output, and its errors."""
         status_there = self.process.wait(PATIENCE)
         out, errors = self.process.stdout.read(), self.process.stderr.read()
-        assert status_there == status, (out, errors)
+        if status_there != status:  # all of it, which an assert would cut
+            pytest.fail(f"migctl ended with {status_there}: {out}{errors}")
         return json.loads(out.splitlines()[-1]) if out else {}, errors
 
 
@@ -157,6 +161,32 @@ def test_a_guest_goes_on(pair, start, here, there, way_back):
     assert arrived["form"] == ("pump" if there else "descriptor")
     assert incoming.ends()[0]["run-state"] == "running"
     pair.goes_on_there()
+
+
+def test_a_monitor_that_drops_the_first_who_comes_back_is_asked_again(qemu, tmp_path):
+    """What a loading QEMU does now and then; the monitor behind is a real one's."""
+    path = tmp_path / "monitor.qmp"
+    real = tmp_path / "real.qmp"
+    qemu("-M", "none", "-qmp", f"unix:{real},server=on,wait=off")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+        server.listen()
+
+        def drop_the_first():
+            server.accept()[0].close()
+            path.unlink()
+            path.symlink_to(real)
+
+        dropping = threading.Thread(target=drop_the_first)
+        dropping.start()
+        assert incoming._follow(f"unix:{path}", survive=False) == "running"
+        dropping.join(PATIENCE)
+
+
+def test_a_monitor_that_is_gone_is_said(tmp_path, monkeypatch):
+    monkeypatch.setattr(incoming, "_SETTLED", 0.3)
+    with pytest.raises(LocalError, match="the migration failed: nobody answers at the monitor"):
+        incoming._follow(f"unix:{tmp_path}/none.qmp", survive=False)
 
 
 def test_what_qemu_speaks_itself_is_bridged_on_demand(pair, start):

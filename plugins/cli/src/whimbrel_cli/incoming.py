@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from whimbrel_cli.monitor import Monitor
 
 _POLL = 0.2  # seconds
+_SETTLED = 3.0  # seconds, after which a monitor that does not answer is gone
 
 
 @click.command(
@@ -178,12 +179,26 @@ def _tell(event: str, text: str, as_json: bool, **members: Any) -> None:
         click.echo(text, err=True)
 
 
-def _follow(address: str, survive: bool) -> str:
-    """Until the machine waits no more; its run state. Raises LocalError: the migration failed."""
+def _again(address: str) -> Monitor:
+    """The monitor that the bridge has just left: a QEMU that loads may need a moment until it takes the next program."""
     from whimbrel_cli.monitor import Gone, Monitor
 
+    until = time.monotonic() + _SETTLED
+    while True:
+        try:
+            return Monitor(address)
+        except Gone:
+            if time.monotonic() > until:
+                raise
+            time.sleep(_POLL)
+
+
+def _follow(address: str, survive: bool) -> str:
+    """Until the machine waits no more; its run state. Raises LocalError: the migration failed."""
+    from whimbrel_cli.monitor import Gone
+
     try:
-        with Monitor(address) as monitor:
+        with _again(address) as monitor:
             while True:
                 if (run_state := monitor.run_state()) != "inmigrate":
                     return run_state

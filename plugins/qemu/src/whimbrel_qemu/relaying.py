@@ -58,6 +58,8 @@ _FINISH = 30.0
 _POLL = 0.2  # seconds between looks at a Ctrl-C
 _RUNS_ON = "The source runs on"
 _ONE_CHANNEL = "Switch the capability multifd off on the source"
+#: Bytes of what passes: nothing is put in place, and what is large is looked at, and sent, in fewer steps.
+_BUFFER = 1 << 20
 _OWN_LOG = "Its own log says why; the source runs on"
 _LOOK = (
     "The source waits for a word: look whether the destination runs the machine. Without a word from here the source"
@@ -180,7 +182,7 @@ class Passage:
         self._destination = destination
         self._check_others = check_others
         self._expected = dialect
-        self._inp = InStream(source, tap=self._forward)
+        self._inp = InStream(source, buffer_size=_BUFFER, tap=self._forward)
         self._ram = PassingRam(on_start=check_others, on_end=self._source_stopped)
         self._driver = LoadDriver(
             Machine("any"),

@@ -1,8 +1,12 @@
 """whimbrel-accel beside numpy: the same bytes, the same refusals, and nothing outside of what it was given."""
 
+import signal
 import socket
 import struct
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +14,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 
 from whimbrel_ram import native, xbzrle
 from whimbrel_ram.multifd import wire
-from whimbrel_testing.peers import missing_peer
+from whimbrel_testing.peers import missing_peer, wait_until
 
 PAGE = 256
 NUMPY = {"encode": xbzrle._encode, "patch": xbzrle._patch}
@@ -345,6 +349,51 @@ def test_a_record_that_is_there_in_part_is_waited_for_and_a_shutdown_ends_that(e
     result = in_background(here.receive)
     ends[1].shutdown(socket.SHUT_RDWR)
     assert result.result(10) == (0, 0, 0)
+
+
+WAITING = """
+import signal, socket, sys
+import numpy as np
+from whimbrel_ram import native
+
+def stop(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGINT, stop)
+one, other = socket.socketpair()
+fd, memory, fresh = one.fileno(), bytearray(4096 << 12), bytearray(4096)
+calls = {
+    "records.receive": lambda: native.records.receive(fd, bytearray(1 << 18), 0, 0, memory, fresh, 4096),
+    "records.send": lambda: native.records.send(fd, memory, np.arange(4096), 4096),
+    "packets.send": lambda: native.packets.send(fd, b"ram", memory, np.arange(4096), 4096, 1),
+    "packets.receive": lambda: native.packets.receive(fd, head, b"ram", memory, fresh, 4096),
+}
+head = bytearray(1344)
+head[:24] = bytes.fromhex("1122334400000001000000000000008000000001") + (4096).to_bytes(4, "big")
+head[64:67] = b"ram"
+print("ready", flush=True)
+try:
+    calls[sys.argv[1]]()
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+
+
+@pytest.mark.parametrize(
+    "call", ["records.receive", "records.send", "packets.send", "packets.receive"]
+)
+def test_ctrl_c_ends_what_waits_on_the_main_thread(call):
+    with subprocess.Popen(
+        [sys.executable, "-c", WAITING, call], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        try:
+            state = Path(f"/proc/{process.pid}/stat")
+            wait_until(lambda: state.read_text().rsplit(")", 1)[1].split()[0] == "S", "its call")
+            process.send_signal(signal.SIGINT)
+            assert process.communicate(timeout=10)[0] == "interrupted\n"
+        finally:
+            process.kill()
 
 
 @pytest.mark.parametrize("place", [(-1, 0), (2, 1), (0, 1 << 20), (1 << 62, 1 << 62)])

@@ -287,6 +287,7 @@ class DescriptorChannel(Channel):
     def lend(self, direction: str) -> Iterator[int | None]:
         with self._io("reading" if direction == "read" else "writing", blocking=True):
             yield None if self._sock is None else self._sock.fileno()
+            self._gate.check()  # to native code an abort looks like the end
 
     def __del__(self) -> None:
         with contextlib.suppress(Exception):

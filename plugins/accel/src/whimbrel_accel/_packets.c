@@ -34,14 +34,12 @@ pages_of(size_t page_size)
     return page_size < PACKET ? PACKET / page_size : 1;
 }
 
-/* One more page of `memory`, behind the `used` pieces or as a part of the last; how many pieces there are then. */
+/* One more page at `at`, behind the `used` pieces of memory or as a part of the last; how many pieces there are then. */
 static size_t
-piece(struct iovec *pieces, size_t used, uint8_t *memory, uint64_t offset, size_t page_size)
+piece(struct iovec *pieces, size_t used, uint8_t *at, size_t page_size)
 {
-    uint8_t *at = memory + offset;
-    struct iovec *last = pieces + used - 1;
-    if (used && (uint8_t *)last->iov_base + last->iov_len == at) {
-        last->iov_len += page_size;
+    if (used && (uint8_t *)pieces[used - 1].iov_base + pieces[used - 1].iov_len == at) {
+        pieces[used - 1].iov_len += page_size;
         return used;
     }
     pieces[used].iov_base = at;
@@ -81,7 +79,7 @@ send_packets(PyObject *module, PyObject *args)
     put(head + AT_ALLOC, most, 4);
     memcpy(head + IDSTR, idstr.buf, (size_t)idstr.len);
     for (size_t first = 0; first < count && !failed; first += most) {
-        size_t some = count - first < most ? count - first : most, used = 1;
+        size_t some = count - first < most ? count - first : most, used = 0;
         put(head + AT_NORMAL, some, 4);
         put(head + AT_NEXT, some * size, 4);
         put(head + AT_NUMBER, number++, 8);
@@ -89,15 +87,15 @@ send_packets(PyObject *module, PyObject *args)
         for (size_t i = 0; i < some; i++) {
             uint64_t offset = page_at(&pages, first + i) * size;
             put(head + FIXED + 8 * i, offset, 8);
-            used = piece(pieces, used, memory.buf, offset, size);
+            used = piece(pieces + 1, used, (uint8_t *)memory.buf + offset, size);
         }
         pieces[0].iov_base = head;
         pieces[0].iov_len = head_size;
-        failed = send_whole(fd, pieces, used);
+        failed = send_whole(fd, pieces, 1 + used, &state);
         sent += head_size + some * size;
     }
     PyEval_RestoreThread(state);
-    result = failed ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromSize_t(sent);
+    result = failed ? give_up(failed) : PyLong_FromSize_t(sent);
 done:
     PyMem_Free(head);
     PyMem_Free(pieces);
@@ -125,7 +123,7 @@ understand(const uint8_t *head, const Py_buffer *idstr, const Py_buffer *memory,
         uint64_t offset = get(head + FIXED + 8 * i, 8);
         if (offset % size || offset >= (size_t)memory->len)
             return 0;
-        *used = piece(pieces, *used, memory->buf, offset, size);
+        *used = piece(pieces, *used, (uint8_t *)memory->buf + offset, size);
     }
     return normal;
 }
@@ -167,7 +165,7 @@ receive_packets(PyObject *module, PyObject *args)
         pieces[used].iov_base = head.buf; /* of the next packet: pages without a sync are not the end */
         pieces[used].iov_len = head_size;
         wanted = (Py_ssize_t)(normal * size) + whole;
-        n = receive_whole(fd, pieces, used + 1);
+        n = receive_whole(fd, pieces, used + 1, &state);
         if (n < 0)
             break;
         got += n;
@@ -175,7 +173,7 @@ receive_packets(PyObject *module, PyObject *args)
             pages += (Py_ssize_t)normal;
     }
     PyEval_RestoreThread(state);
-    result = n < 0 ? PyErr_SetFromErrno(PyExc_OSError) : Py_BuildValue("nnn", pages, got, wanted - (Py_ssize_t)n);
+    result = n < 0 ? give_up((int)n) : Py_BuildValue("nnn", pages, got, wanted - (Py_ssize_t)n);
 done:
     PyMem_Free(pieces);
     PyBuffer_Release(&head);

@@ -120,10 +120,10 @@ send_records(PyObject *module, PyObject *args)
             pieces[2 * i + 1].iov_base = (uint8_t *)memory.buf + page * size;
             pieces[2 * i + 1].iov_len = size;
         }
-        failed = send_whole(fd, pieces, 2 * some);
+        failed = send_whole(fd, pieces, 2 * some, &state);
     }
     PyEval_RestoreThread(state);
-    result = failed ? PyErr_SetFromErrno(PyExc_OSError) : PyLong_FromSize_t(count * (8 + size));
+    result = failed ? give_up(failed) : PyLong_FromSize_t(count * (8 + size));
 done:
     PyBuffer_Release(&memory);
     PyBuffer_Release(&pages);
@@ -227,6 +227,7 @@ receive(PyObject *module, PyObject *args)
     uint8_t *data = buffer.buf;
     Py_ssize_t taken = 0;
     ssize_t n = 1;
+    int why = 0;
     PyThreadState *state = PyEval_SaveThread();
     int64_t until = now() + TURN;
     for (;;) {
@@ -241,14 +242,14 @@ receive(PyObject *module, PyObject *args)
         end = front + rest;
         do
             n = recv(fd, data + end, (size_t)(buffer.len - end), 0);
-        while (n < 0 && again(fd, POLLIN));
+        while (n < 0 && !(why = wait_to_try(fd, POLLIN, &state)));
         if (n <= 0)
             break;
         end += n;
     }
     PyEval_RestoreThread(state);
     if (n < 0)
-        PyErr_SetFromErrno(PyExc_OSError);
+        result = give_up(why);
     else
         result = Py_BuildValue("nnnnn", start, end, taken, target.normal, target.zero);
 done:

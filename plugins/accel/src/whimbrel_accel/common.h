@@ -77,48 +77,80 @@ advance(struct msghdr *message, size_t done)
     }
 }
 
-/* Whether a call on a socket that gave -1 is to be tried again; waits until it can be. A shutdown ends the wait. */
+/* What a call without the GIL gave up for. */
+enum { FAILED = -1, RAISED = -2 };
+
+/* Lets handlers of signals run (Ctrl-C): 0, or RAISED with an exception. */
 static inline int
-again(int fd, short events)
+look_for_signals(PyThreadState **state)
+{
+    PyEval_RestoreThread(*state);
+    int raised = PyErr_CheckSignals();
+    *state = PyEval_SaveThread();
+    return raised ? RAISED : 0;
+}
+
+/* A call on a socket gave -1: 0 once it can be tried again, else what to give up for. A shutdown ends the wait. */
+static inline int
+wait_to_try(int fd, short events, PyThreadState **state)
 {
     if (errno == EAGAIN || errno == EWOULDBLOCK) { /* somebody else who holds the socket wants it so */
         struct pollfd wait = {.fd = fd, .events = events};
-        return poll(&wait, 1, -1) >= 0 || errno == EINTR;
+        if (poll(&wait, 1, -1) >= 0)
+            return 0;
     }
-    return errno == EINTR;
+    return errno == EINTR ? look_for_signals(state) : FAILED;
 }
 
-/* 0, or -1 with errno. */
+/* The exception of what gave up, with the GIL. NULL. */
+static inline PyObject *
+give_up(int why)
+{
+    return why == RAISED ? NULL : PyErr_SetFromErrno(PyExc_OSError);
+}
+
+/* 0, or what it gave up for. */
 static inline int
-send_whole(int fd, struct iovec *pieces, size_t count)
+send_whole(int fd, struct iovec *pieces, size_t count, PyThreadState **state)
 {
     struct msghdr message = {.msg_iov = pieces, .msg_iovlen = count};
     while (message.msg_iovlen) {
         ssize_t n = sendmsg(fd, &message, MSG_NOSIGNAL);
-        if (n >= 0)
+        int why = 0;
+        if (n < 0)
+            why = wait_to_try(fd, POLLOUT, state);
+        else {
             advance(&message, (size_t)n);
-        else if (!again(fd, POLLOUT))
-            return -1;
+            if (message.msg_iovlen) /* a signal cuts it short */
+                why = look_for_signals(state);
+        }
+        if (why)
+            return why;
     }
     return 0;
 }
 
-/* The bytes that came, fewer at the end of the connection; -1 with errno. */
+/* The bytes that came, fewer at the end of the connection; or what it gave up for. */
 static inline ssize_t
-receive_whole(int fd, struct iovec *pieces, size_t count)
+receive_whole(int fd, struct iovec *pieces, size_t count, PyThreadState **state)
 {
     struct msghdr message = {.msg_iov = pieces, .msg_iovlen = count};
     ssize_t got = 0;
     while (message.msg_iovlen) {
         ssize_t n = recvmsg(fd, &message, MSG_WAITALL);
-        if (n > 0) {
+        int why = 0;
+        if (n == 0)
+            break;
+        if (n < 0)
+            why = wait_to_try(fd, POLLIN, state);
+        else {
             advance(&message, (size_t)n);
             got += n;
+            if (message.msg_iovlen)
+                why = look_for_signals(state);
         }
-        else if (n == 0)
-            break;
-        else if (!again(fd, POLLIN))
-            return -1;
+        if (why)
+            return why;
     }
     return got;
 }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 deltas: ModuleType | None = None
 packets: ModuleType | None = None
 records: ModuleType | None = None
-if os.environ.get("WHIMBREL_ACCEL") != "0":
+if os.environ.get("WHIMBREL_ACCEL") != "0" and sys.maxsize > 1 << 32:  # page numbers are of 64 bits
     with contextlib.suppress(ImportError):
         import whimbrel_accel as _accel
 

@@ -56,9 +56,14 @@ class RamSide:
         self.size = size
         each = size // blocks // PAGE * PAGE
         self.blocks = [RAMBlock(f"ram{i}", each) for i in range(blocks)]
+        self.used = blocks
         self._sockets: list[socket.socket] = []
         self._writer: Writer | None = None
         self._written = 0.0  # bytes of pages per second
+
+    def use(self, blocks: int) -> None:
+        """Machines have so many of them from now on."""
+        self.used = blocks
 
     def accel(self, on: bool) -> None:
         """With the loops of whimbrel-accel from now on, where they are here, or without."""
@@ -79,7 +84,7 @@ class RamSide:
 
     def _kernel(self, settings: dict[str, Any]) -> Kernel:
         machine = Machine("bench-1.0", stop=self._stop_writing)
-        for block in self.blocks:
+        for block in self.blocks[: self.used]:
             machine.add(block)
         kernel = Kernel(machine)
         kernel.settings.update({"max-bandwidth": 0, **settings})

@@ -5,15 +5,22 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings, strategies as st
 
-from whimbrel_ram import native, xbzrle
+from whimbrel import Budget, OutStream
+from whimbrel.descriptors import DescriptorChannel
+from whimbrel.pace import Pace
+from whimbrel_ram import RAMBlock, StreamPages, native, xbzrle
 from whimbrel_ram.multifd import wire
+from whimbrel_ram.transport import SaveBlock
+from whimbrel_ram.zero import as_words
 from whimbrel_testing.peers import missing_peer, wait_until
 
 PAGE = 256
@@ -349,6 +356,33 @@ def test_a_record_that_is_there_in_part_is_waited_for_and_a_shutdown_ends_that(e
     result = in_background(here.receive)
     ends[1].shutdown(socket.SHUT_RDWR)
     assert result.result(10) == (0, 0, 0)
+
+
+def test_a_limit_that_comes_while_a_batch_is_sent_is_for_what_follows(ends, monkeypatch):
+    """What one call sends would be four seconds under the limit that comes meanwhile."""
+    block = RAMBlock("ram", 1000 * BIG)
+    block.view[:] = 1
+    saved = SaveBlock(block, 0, as_words(block.rows))
+    received = in_background(lambda: [*iter(lambda: ends[1].recv(1 << 20), b"")])
+    limit = 0
+    with DescriptorChannel(sock=ends[0].dup()) as channel:
+        ends[0].close()
+        out, pages = OutStream(channel), StreamPages(BIG)
+        pages.send(saved, np.arange(1), out, Budget())  # with the name of the block
+        out.pace = pace = Pace(lambda: limit)
+        send = native.records.send
+
+        def meanwhile(*arguments):
+            nonlocal limit
+            limit = 1_000_000
+            return send(*arguments)
+
+        monkeypatch.setattr(
+            native, "records", SimpleNamespace(**vars(native.records) | {"send": meanwhile})
+        )
+        assert pages.send(saved, np.arange(1, 900), out, Budget()).pages == 899
+        assert pace.left(time.monotonic() + 1) > 900_000
+    assert sum(map(len, received.result(10))) == out.position
 
 
 WAITING = """

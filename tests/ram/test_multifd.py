@@ -22,6 +22,7 @@ from whimbrel.wire.format import MAGIC
 from whimbrel_ram import RAMBlock
 from whimbrel_ram.multifd import packing, wire
 from whimbrel_ram.multifd.pages import MultifdPages, Options
+from whimbrel_ram.multifd.sending import Job, Senders
 from whimbrel_ram.transport import Phase, SaveBlock
 from whimbrel_ram.zero import as_words
 from whimbrel_testing.peers import wait_until
@@ -344,6 +345,44 @@ def test_a_budget_counts_what_is_in_flight():
             assert now - start <= budget
     finally:
         pages.close(Outcome.COMPLETED)
+
+
+def test_a_limit_is_owed_nothing_by_what_was_put_in_before_it():
+    """Whether that was sent before the limit was noticed, or behind later ones of another channel."""
+    words = as_words(RAMBlock("ram", MIB).rows)
+
+    class Slow(MemoryChannel):
+        def send(self, buffers):
+            go_on.wait(10)
+            super().send(buffers)
+
+    go_on = threading.Event()
+    go_on.set()
+    channels = [Slow(), MemoryChannel()]
+    senders = Senders(
+        channels, page_size=PAGE, uuid=None, method="none", level=0, is_cancelled=lambda: False
+    )
+    job = Job(idstr=b"ram", words=words, normal=np.arange(8))
+    size = 1344 + 8 * PAGE
+    try:
+        senders.put(job)
+        senders.drain()
+        assert senders.take_sent(30) == (size, 0), "sent before the limit was noticed"
+        senders.put(job)
+        senders.drain()
+        assert senders.take_sent(30) == (size, size)
+        assert senders.take_sent(30) == (0, 0)
+        go_on.clear()
+        senders.put(job)  # to either of them, in turn
+        senders.put(job)
+        wait_until(lambda: len(channels[1].data) >= 2 * size, "the quick channel")
+        assert senders.take_sent(10) == (size, 0)
+        go_on.set()
+        senders.drain()
+        assert senders.take_sent(10) == (size, 0)
+    finally:
+        go_on.set()
+        senders.close(orderly=True)
 
 
 def test_a_transport_with_room_for_one_channel_is_refused(writer):

@@ -203,7 +203,8 @@ class StreamPages(PageTransport):
                 pages = pages[1:]
             with out.lend() as fd:
                 if fd is not None:
-                    out.account(native.records.send(fd, block.words, pages, encoder.page_size))
+                    sent = native.records.send(fd, block.words, pages, encoder.page_size)
+                    out.account(sent, paid=sent)  # a limit that came meanwhile is for what follows
                     return
         for i in range(0, len(pages), encoder.batch):
             out.write_all(encoder.pages(idstr, block.words, pages[i : i + encoder.batch]))

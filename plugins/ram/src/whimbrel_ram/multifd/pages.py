@@ -99,10 +99,6 @@ class MultifdPages(StreamPages):
         self._senders: Senders | None = None
         self._receivers: Receivers | None = None
         self._find: Callable[[str], Target | None] = lambda _: None
-        # What has been accounted for, in bytes and in jobs; and how many jobs had been queued when the limit became this one:
-        # they owe it nothing.
-        self._accounted = self._done = 0
-        self._rate = self._before = 0
 
     # ---- source
 
@@ -137,13 +133,8 @@ class MultifdPages(StreamPages):
             out.flush()
 
     def _account(self, out: OutStream) -> None:
-        senders = self._open()
-        done, sent, rate = senders.done, senders.sent, 0 if out.pace is None else out.pace.rate
-        if rate != self._rate:
-            self._rate, self._before = rate, senders.queued
-        new = sent - self._accounted
-        out.account(new, paid=new if self._done < self._before else 0)
-        self._done, self._accounted = done, sent
+        sent, owing = self._open().take_sent(0 if out.pace is None else out.pace.rate)
+        out.account(sent, paid=sent - owing)
 
     def round_begin(self, out: OutStream, phase: Phase) -> None:
         out.flush()  # the last marker, without which nobody reads what is sent now

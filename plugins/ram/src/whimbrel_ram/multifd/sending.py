@@ -61,7 +61,7 @@ class Senders:
         self._method, self._level = method, level
         self._is_cancelled = is_cancelled
         self._changed = threading.Condition()
-        self._queues: list[deque[Job]] = [deque() for _ in channels]
+        self._queues: list[deque[tuple[Job, int]]] = [deque() for _ in channels]
         self._busy = [False] * len(channels)
         self._error: BaseException | None = None
         self._closing = False
@@ -72,8 +72,8 @@ class Senders:
         self.most = PACKETS * wire.pages_of(page_size)
         #: Bytes of pages that were put in and have not been sent.
         self.waiting = 0
-        #: Jobs that were ever put in, and those that have been sent.
-        self.queued = self.done = 0
+        self._new = self._owing = 0  # see take_sent()
+        self._limit = self._limits = 0  # and how many there have been
         for number, channel in enumerate(channels):
             channel.send([wire.encode_init(uuid, number)])
         self._threads = [
@@ -89,6 +89,18 @@ class Senders:
     def sent(self) -> int:
         """Bytes on all channels, headers included."""
         return self._sent
+
+    def take_sent(self, limit: int) -> tuple[int, int]:
+        """Bytes sent since the last call, and how many of them were put in under the limit that holds now: the others owe
+        it nothing.
+        """
+        with self._changed:
+            if limit != self._limit:
+                self._limit, self._owing = limit, 0
+                self._limits += 1
+            new = self._new, self._owing
+            self._new = self._owing = 0
+            return new
 
     def put(self, job: Job) -> None:
         """To the next channel that has room, waiting for it. Raises the error of a channel, or Cancelled."""
@@ -143,8 +155,7 @@ class Senders:
         return None
 
     def _put(self, index: int, job: Job) -> None:
-        self._queues[index].append(job)
-        self.queued += 1
+        self._queues[index].append((job, self._limits))
         self.waiting += len(job.normal) * self._page_size
         self._changed.notify_all()
 
@@ -159,14 +170,17 @@ class Senders:
     def _run(self, index: int) -> None:
         try:
             sender = _Sender(self._channels[index], self._page_size, self._method, self._level)
-            while (job := self._take(index)) is not None:
+            while (taken := self._take(index)) is not None:
+                job, limits = taken
                 began = time.monotonic()
                 size = sender.send(job, self._count(sender.packets(job)))
                 with self._changed:
                     self._fit(len(job.normal), time.monotonic() - began)
                     self._busy[index] = False
                     self._sent += size
-                    self.done += 1
+                    self._new += size
+                    if limits == self._limits:
+                        self._owing += size
                     self.waiting -= len(job.normal) * self._page_size
                     self._changed.notify_all()
         except BaseException as error:
@@ -185,7 +199,7 @@ class Senders:
         elif took < _SHORT and pages >= self.most:
             self.most = min(self.most * 2, _MOST * packet)
 
-    def _take(self, index: int) -> Job | None:
+    def _take(self, index: int) -> tuple[Job, int] | None:
         with self._changed:
             queue = self._queues[index]
             while not queue:

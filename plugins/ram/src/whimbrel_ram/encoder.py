@@ -52,7 +52,7 @@ class Encoder:
     def zeros(self, idstr: bytes, pages: NDArray[np.intp]) -> list[bytes | memoryview]:
         """Records for pages that are zero."""
         buffers: list[bytes | memoryview] = []
-        if self._block != idstr:
+        if not self.continues(idstr):
             buffers.append(self._head(idstr, ZERO, int(pages[0])) + b"\0")
             pages = pages[1:]
         records = np.zeros((len(pages), 9), np.uint8)
@@ -66,7 +66,7 @@ class Encoder:
     ) -> list[bytes | memoryview]:
         """Records with the bytes of these pages (ascending, at most `batch`); source is the block as rows of words."""
         buffers: list[bytes | memoryview] = []
-        if self._block != idstr:
+        if not self.continues(idstr):
             first = int(pages[0])
             buffers += [self._head(idstr, PAGE, first), source[first].tobytes()]
             pages = pages[1:]
@@ -91,7 +91,7 @@ class Encoder:
     ) -> list[bytes | memoryview]:
         """Records like those of pages(), with bytes that were copied: row i is page pages[i]."""
         buffers: list[bytes | memoryview] = []
-        if self._block != idstr:
+        if not self.continues(idstr):
             buffers += [self._head(idstr, PAGE, int(pages[0])), rows[0].tobytes()]
             pages, rows = pages[1:], rows[1:]
         n = len(pages)
@@ -121,7 +121,7 @@ class Encoder:
         body[within] = False
         out[within] = heads
         out[body] = data
-        if self._block == idstr:
+        if self.continues(idstr):
             return [out.data]
         return [self._head(idstr, XBZRLE, int(pages[0])), out[8:].data]
 

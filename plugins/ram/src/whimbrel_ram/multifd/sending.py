@@ -226,7 +226,6 @@ class _Sender:
         self._most = wire.pages_of(page_size)
         self._flags = METHODS[method]
         self._packer = packing.packer(method, level)
-        self._plain = method == "none"
         self._staging = np.empty((self._most, page_size // 8), np.uint64)
 
     def packets(self, job: Job) -> int:
@@ -235,7 +234,12 @@ class _Sender:
 
     def send(self, job: Job, first: int) -> int:
         """Packets, numbered from `first`; how many bytes they had."""
-        if native.packets is not None and self._plain and len(job.normal) and not len(job.zero):
+        if (
+            native.packets is not None
+            and self._packer is None
+            and len(job.normal)
+            and not len(job.zero)
+        ):
             with self._channel.lend("write") as fd:
                 if fd is not None:
                     return int(
